@@ -1,0 +1,47 @@
+//! Messages become a prompt; text deltas become assistant events.
+
+use serde_json::{Map, Value};
+
+use crate::text::{GenerateRequest, TextDelta};
+
+/// A conversation, protocol-free. Built by the server's `convert.rs` of each chat-like endpoint.
+#[derive(Clone, Debug)]
+pub struct ChatRequest {
+    /// As the template sees them: `role`, `content` (string or parts), `tool_calls` with arguments parsed to objects, …
+    pub messages: Vec<Value>,
+    /// As the template sees them: OpenAI tool objects.
+    pub tools: Vec<Value>,
+    pub tool_choice: ToolChoice,
+    pub parallel_tool_calls: bool,
+    pub add_generation_prompt: bool,
+    pub continue_final_message: bool,
+    pub documents: Vec<Value>,
+    /// The request's, already merged over `--default-chat-template-kwargs`.
+    pub template_kwargs: Map<String, Value>,
+    /// Replaces the model's template; already checked to be trusted.
+    pub chat_template: Option<String>,
+    /// False only hides: reasoning is generated and counted, not sent.
+    pub include_reasoning: bool,
+    /// `prompt` is filled in by the chat layer.
+    pub generate: GenerateRequest,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// Tools are rendered, text is not parsed for calls.
+    None,
+    Auto,
+}
+
+/// What an assistant's turn is made of, choice by choice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChatEvent {
+    /// `0..n`.
+    pub index: u32,
+    /// What the parsers made of the delta's text, in order; may be empty.
+    pub parts: Vec<crate::parsers::AssistantDelta>,
+    /// The text delta that caused it (token ids, logprobs, finish).
+    pub delta: TextDelta,
+    /// Output tokens inside reasoning so far.
+    pub reasoning_tokens: usize,
+}

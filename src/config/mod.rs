@@ -1,0 +1,162 @@
+//! What the flags mean: resolved once from arguments, environment, checkpoint and device, then immutable.
+//!
+//! Each part of the program receives its own part. Only `resolve.rs` reads the environment and the checkpoint's files.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value};
+
+use crate::backend::DType;
+
+/// Everything `rvllm serve` and `rvllm bench` need.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub model: ModelConfig,
+    pub cache: CacheConfig,
+    pub scheduler: SchedulerConfig,
+    pub chat: ChatConfig,
+    pub server: ServerConfig,
+    pub device: DeviceConfig,
+}
+
+#[derive(Clone, Debug)]
+pub struct ModelConfig {
+    /// As the user wrote it: a hub id, a directory or `demo`.
+    pub name: String,
+    /// `/v1/models` ids; the first is the main one.
+    pub served_names: Vec<String>,
+    /// Where its files are.
+    pub files: ModelFiles,
+    /// The checkpoint's config.json with `--hf-overrides` applied.
+    pub hf_config: Value,
+    /// Type of weights and activations after `--dtype`.
+    pub dtype: DType,
+    pub load_format: LoadFormat,
+    /// Context length in tokens.
+    pub max_model_len: usize,
+    pub vocab_size: usize,
+    pub seed: u64,
+    /// Primary EOS (config.json, else the tokenizer's eos_token).
+    pub eos_token_id: Option<u32>,
+    /// Further EOS ids of generation_config.json.
+    pub extra_eos_token_ids: Vec<u32>,
+    pub generation_defaults: GenerationDefaults,
+    pub max_logprobs: i64,
+    pub logprobs_mode: crate::step::LogprobsMode,
+}
+
+/// Sampling defaults after `--generation-config` and `--override-generation-config`; none = vLLM's neutral value.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationDefaults {
+    pub temperature: Option<f32>,
+    pub top_p: Option<f32>,
+    pub top_k: Option<i64>,
+    pub min_p: Option<f32>,
+    pub repetition_penalty: Option<f32>,
+    pub presence_penalty: Option<f32>,
+    pub frequency_penalty: Option<f32>,
+    pub max_new_tokens: Option<u32>,
+    /// `max_new_tokens` is a hard cap for every request (it came from an override or an explicit folder).
+    pub max_new_tokens_is_cap: bool,
+    pub skip_special_tokens: Option<bool>,
+}
+
+#[derive(Clone, Debug)]
+pub enum ModelFiles {
+    /// A directory in Hugging Face layout (local, or a snapshot of the hub cache).
+    Directory(PathBuf),
+    /// Embedded in the binary.
+    Embedded(&'static [(&'static str, &'static [u8])]),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadFormat {
+    Safetensors,
+    /// Random weights that route evenly.
+    Dummy,
+}
+
+#[derive(Clone, Debug)]
+pub struct CacheConfig {
+    pub block_size: usize,
+    pub memory_utilization: f64,
+    /// `--kv-cache-memory-bytes`: overrides the utilization.
+    pub memory_bytes: Option<usize>,
+    pub num_blocks_override: Option<usize>,
+    pub prefix_caching: bool,
+    /// None = as activations.
+    pub kv_dtype: Option<DType>,
+}
+
+#[derive(Clone, Debug)]
+pub struct SchedulerConfig {
+    pub max_num_batched_tokens: usize,
+    pub max_num_seqs: usize,
+    /// Waiting requests above this are refused with 503; none = no bound.
+    pub max_queued_requests: Option<usize>,
+    pub max_queued_tokens: Option<usize>,
+    pub policy: SchedulingPolicy,
+    /// Prefills longer than this are cut to it per step; 0 = off.
+    pub long_prefill_token_threshold: usize,
+    pub chunked_prefill: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SchedulingPolicy {
+    Fcfs,
+    Priority,
+}
+
+#[derive(Clone, Debug)]
+pub struct ChatConfig {
+    /// `--chat-template` or the checkpoint's.
+    pub template: Option<String>,
+    pub template_kwargs: Map<String, Value>,
+    pub trust_request_template: bool,
+    /// Name in `parsers::reasoning::REGISTRY`.
+    pub reasoning_parser: Option<String>,
+    /// Name in `parsers::tool::REGISTRY`.
+    pub tool_parser: Option<String>,
+    pub auto_tool_choice: bool,
+    pub exclude_tools_when_none: bool,
+    pub response_role: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    pub host: Option<String>,
+    pub port: u16,
+    /// Bearer tokens; empty = open.
+    pub api_keys: Vec<String>,
+    pub root_path: String,
+    pub allowed_origins: Vec<String>,
+    pub allowed_methods: Vec<String>,
+    pub allowed_headers: Vec<String>,
+    pub allow_credentials: bool,
+    pub enable_request_id_headers: bool,
+    pub prompt_tokens_details: bool,
+    pub force_include_usage: bool,
+    pub return_tokens_as_token_ids: bool,
+    pub access_log: bool,
+    pub log_requests: bool,
+    pub log_stats: bool,
+    /// Seconds that SIGTERM leaves running requests.
+    pub shutdown_timeout_s: u64,
+    pub sse_keep_alive_s: u64,
+    pub max_body_bytes: usize,
+    /// `system_fingerprint`.
+    pub fingerprint: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct DeviceConfig {
+    pub kind: DeviceKind,
+    pub threads: usize,
+    pub enforce_eager: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    Cpu,
+    Cuda { ordinal: usize },
+}

@@ -1,0 +1,77 @@
+//! Requests become steps, without a device.
+//!
+//! [`EngineHandle`] is the only door: a request goes in, a stream of its tokens comes out, dropping the stream is the
+//! abort. Behind it one thread owns the scheduler, the block accounting and the [`Executor`](crate::step::Executor).
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::step::{SampledToken, SamplingParams, TokenId, TokenLogprobs};
+
+/// One sequence to generate. `n` choices of one prompt are n requests; prefix caching shares their prompt.
+#[derive(Clone, Debug)]
+pub struct EngineRequest {
+    /// For logs; need not be unique.
+    pub id: String,
+    /// Not empty, shorter than the model's context, every id inside the vocabulary.
+    pub prompt: Arc<[TokenId]>,
+    pub sampling: Arc<SamplingParams>,
+    pub stop: StopConditions,
+    /// Lower runs first under `--scheduling-policy priority`.
+    pub priority: i64,
+    /// Separates this request's prefix-cache entries from those with another salt.
+    pub cache_salt: Option<String>,
+    /// False: the request computes its whole prompt (prompt logprobs need it). Its blocks are still cached.
+    pub read_prefix_cache: bool,
+    pub arrival: Instant,
+}
+
+/// When the engine itself ends a sequence. Stop strings are the text layer's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StopConditions {
+    /// Output tokens at which the sequence ends with [`FinishReason::Length`]; > 0, already clamped to the context.
+    pub max_tokens: u32,
+    /// Output tokens before which neither `eos` nor `stop_token_ids` end the sequence.
+    pub min_tokens: u32,
+    /// The model's primary EOS, none with `ignore_eos`. Its finish has no stop reason.
+    pub eos: Option<TokenId>,
+    /// Further ids that stop (the generation config's other EOS ids, the request's `stop_token_ids`).
+    pub stop_token_ids: Vec<TokenId>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// EOS (`None`) or one of `stop_token_ids`.
+    Stop(Option<TokenId>),
+    Length,
+    /// Ended by the server (drain), not by the client.
+    Abort,
+}
+
+/// Tokens of one sequence since the last event, in order. The stopping token is included.
+#[derive(Clone, Debug, Default)]
+pub struct SequenceEvent {
+    pub tokens: Vec<SampledToken>,
+    /// Only in the first event: one entry per prompt token after the first.
+    pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    /// Prompt tokens served from the prefix cache; valid from the first event on.
+    pub num_cached_tokens: usize,
+    pub finish: Option<FinishReason>,
+}
+
+/// Whose fault it is decides the HTTP status; the server alone knows which.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The queue is full (`--max-num-queued-reqs`, `--max-num-queued-tokens`).
+    #[error("the server is overloaded: {0}")]
+    Overloaded(String),
+    /// The request can never run (needs more KV blocks than there are).
+    #[error("{message}")]
+    Invalid { param: &'static str, message: String },
+    /// The device failed under this request.
+    #[error("the engine failed: {0}")]
+    Device(String),
+    /// The engine is shutting down or dead.
+    #[error("the engine is not running")]
+    Stopped,
+}

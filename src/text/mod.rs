@@ -1,0 +1,87 @@
+//! Text in, text out: tokenizer, incremental detokenizer, stop strings, logprobs by token text.
+//!
+//! `generate.rs` turns a [`GenerateRequest`] into engine requests and their tokens into [`TextDelta`]s.
+
+use std::sync::Arc;
+
+use crate::engine::EngineError;
+use crate::step::{SamplingParams, TokenId};
+
+/// A prompt to continue, `n` times.
+#[derive(Clone, Debug)]
+pub struct GenerateRequest {
+    /// The response id's suffix; for logs.
+    pub id: String,
+    pub prompt: Arc<[TokenId]>,
+    /// `seed` here is the request's or a fresh random one; choice i uses seed + i.
+    pub sampling: SamplingParams,
+    pub n: u32,
+    /// Output limit; none = the rest of the context.
+    pub max_tokens: Option<u32>,
+    pub min_tokens: u32,
+    pub ignore_eos: bool,
+    pub stop_token_ids: Vec<TokenId>,
+    /// Not empty strings.
+    pub stop: Vec<String>,
+    pub include_stop_str_in_output: bool,
+    pub skip_special_tokens: bool,
+    pub spaces_between_special_tokens: bool,
+    pub priority: i64,
+    pub cache_salt: Option<String>,
+}
+
+/// New text of one choice. The concatenation of `text` over a choice's deltas is its whole text.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TextDelta {
+    /// `0..n`.
+    pub index: u32,
+    /// May be empty: an incomplete character or a possible stop string is held back.
+    pub text: String,
+    /// Every token sampled since the last delta, the stopping one included, whether or not its text is out yet.
+    pub token_ids: Vec<TokenId>,
+    /// Parallel to `token_ids` when logprobs were asked.
+    pub logprobs: Vec<TextLogprobs>,
+    /// Only in the first delta.
+    pub prompt_logprobs: Option<Vec<TextLogprobs>>,
+    /// Prompt tokens that came from the prefix cache.
+    pub num_cached_tokens: usize,
+    pub finish: Option<TextFinish>,
+}
+
+/// A token's log-probability with its text.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TextLogprobs {
+    pub token: TokenText,
+    pub logprob: f32,
+    pub rank: u32,
+    pub top: Vec<(TokenText, f32, u32)>,
+}
+
+/// A token as text; bytes that are no whole character read as U+FFFD in `text`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenText {
+    pub id: TokenId,
+    pub text: String,
+    pub bytes: Vec<u8>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TextFinish {
+    /// EOS.
+    Eos,
+    /// A stop token id other than the primary EOS.
+    StopToken(TokenId),
+    /// A stop string of the request.
+    StopString(String),
+    Length,
+    Abort,
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TextError {
+    /// The client's fault; `param` is the request field.
+    #[error("{message}")]
+    Invalid { param: &'static str, message: String },
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
