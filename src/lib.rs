@@ -21,12 +21,23 @@
 //! | 0 | step, parsers, grammar, media, hub | none of ours |
 //! | beside | config (data; each part receives its own part), metrics (names) | |
 
-pub mod chat;
+pub mod serve;
+
+pub mod bench;
+pub mod cli;
 pub mod config;
+pub mod server;
+
+pub mod chat;
 pub mod text;
 
 pub mod engine;
-pub mod step;
+pub mod runner;
+
+pub mod model;
 
 pub mod backend;
+pub mod hub;
+pub mod metrics;
 pub mod parsers;
+pub mod step;

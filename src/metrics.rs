@@ -1,0 +1,1 @@
+//! Every Prometheus series, by vLLM's name, in one list.

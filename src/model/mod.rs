@@ -1,0 +1,1 @@
+//! Checkpoints become models, written once against `backend::Backend`.

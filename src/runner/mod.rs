@@ -1,0 +1,1 @@
+//! Steps become device arrays, and logits become tokens.
