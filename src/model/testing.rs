@@ -114,7 +114,10 @@ pub fn golden_tensors(model: &str) -> Tensors {
 
 pub fn write_tensors(path: &Path, tensors: &Tensors) {
     let views = tensors.iter().map(|(name, tensor)| {
-        (name, TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.data).unwrap())
+        (
+            name,
+            TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.data).unwrap(),
+        )
     });
     safetensors::serialize_to_file(views, None, path).unwrap();
 }

@@ -191,7 +191,7 @@ fn fuse_experts(tensors: &mut Tensors, config: &Value) {
             gate_up.extend([take(e, "w1"), take(e, "w3")]);
             down.push(take(e, "w2"));
         }
-        let stack = |parts: &[Tensor], shape| Tensor::concat(&parts.iter().collect::<Vec<_>>(), shape);
+        let stack = |parts: &[Tensor], shape: &[usize]| Tensor::concat(&parts.iter().collect::<Vec<_>>(), shape);
         tensors.insert(
             format!("{prefix}gate_up_proj"),
             stack(&gate_up, &[experts, 2 * ffn, hidden]),
