@@ -202,7 +202,13 @@ impl From<EngineError> for ApiError {
 impl From<TextError> for ApiError {
     fn from(error: TextError) -> Self {
         match error {
-            TextError::Invalid { param, message } => Self::invalid(param, message),
+            // The message names the parameter and its value already.
+            TextError::Invalid { param, message } => Self::new(
+                StatusCode::BAD_REQUEST,
+                "BadRequestError",
+                message,
+                param.map(str::to_owned),
+            ),
             TextError::Engine(error) => error.into(),
         }
     }
@@ -324,7 +330,7 @@ mod tests {
             (ApiError::from(EngineError::Stopped), 500, "InternalServerError"),
             (
                 ApiError::from(TextError::Invalid {
-                    param: "prompt",
+                    param: Some("prompt"),
                     message: "m".into(),
                 }),
                 400,
