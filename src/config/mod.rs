@@ -2,6 +2,13 @@
 //!
 //! Each part of the program receives its own part. Only `resolve.rs` reads the environment and the checkpoint's files.
 
+pub mod args;
+mod checkpoint;
+pub mod environment;
+mod limits;
+pub mod logging;
+pub mod resolve;
+
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};

@@ -1,0 +1,3 @@
+//! `POST /v1/completions`.
+
+pub mod types;
