@@ -8,12 +8,16 @@
 // output token, token id) alone, hence the draw on nothing else. Equal values: the lower id.
 // Thresholds of top-k and top-p are found by radix selection over the ordered bits of the logit, 8 bits a pass, with integer
 // counts and 2^-32 fixed-point masses, so that no sum depends on the order of atomics. Tokens equal to the threshold are kept.
-// Edits are written into the row and taken back before raw log-probabilities are read.
+// Edits and completed bad words are written into the row and taken back before raw log-probabilities are read.
+// bad words: per slot up to WORDS (offset, length) pairs and WORD_TOKENS ids; history [slots, WORD_TOKENS] holds output token i at
+// i % WORD_TOKENS. A word of n ids is completed when the last n - 1 outputs are its first n - 1.
 // Grid: one block of 1,024 threads per request. Cost: 1 pass over the row for greedy, 1 to 9 more for the rest, from L2.
 #include "common.cuh"
 
 #define SAMPLER_THREADS 1024
 #define EDITS 1024
+#define WORDS 128
+#define WORD_TOKENS 1024
 #define TOP 32  // log-probabilities a request may ask for, and then some
 
 struct SlotParams {
@@ -24,7 +28,7 @@ struct SlotParams {
     int min_tokens; // the first `held` edits apply while output_index < min_tokens, the others always
     int held, edits;
     int penalties;  // whether counts are kept
-    int pad;
+    int words;
     unsigned long long seed;
 };
 
@@ -142,14 +146,14 @@ DEVICE void report(int V, int id, int count, bool logits, const Value &value, Sa
     for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) {
         const float l = value(v);
         mass += (unsigned long long)(expf(l - best.value) * 1099511627776.f);
-        rank += l > mine;
+        rank += l >= mine;  // vLLM's rank: equal values count
     }
     mass = block_total(mass, sums);
     rank = block_total(rank, sums);
     const float lse = logits ? 0.f : best.value + (float)(log((double)mass) - 40.0 * 0.6931471805599453);
     if (threadIdx.x == 0) {
         out->logprob = mine - lse;
-        out->rank = (int)rank + 1;
+        out->rank = (int)rank;
         out->count = count;
     }
     Best last{INFINITY, -1};
@@ -170,10 +174,11 @@ DEVICE void report(int V, int id, int count, bool logits, const Value &value, Sa
 extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     sample(float *__restrict__ logits, const SampleRequest *__restrict__ requests, const SlotParams *__restrict__ params,
            uint16_t *__restrict__ counts, const uint32_t *__restrict__ masks, const int2 *__restrict__ edit_lists,
-           uint32_t *__restrict__ last_sampled, Sampled *__restrict__ out, int V) {
+           const uint32_t *__restrict__ word_lists, uint32_t *__restrict__ history, uint32_t *__restrict__ last_sampled,
+           Sampled *__restrict__ out, int V) {
     __shared__ Best scratch[WARP];
     __shared__ unsigned long long sums[WARP], bins[256];
-    __shared__ float original[EDITS];
+    __shared__ float original[EDITS + WORDS];
     pdl_launch();
     pdl_wait();
     const SampleRequest request = requests[blockIdx.x];
@@ -183,9 +188,22 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     const uint32_t *mask = request.mask < 0 ? nullptr : masks + (size_t)request.mask * ((V + 31) / 32);
     const int2 *edits = edit_lists + (size_t)request.slot * EDITS;
     const int first = request.output_index < p.min_tokens ? 0 : p.held;
+    uint32_t *outputs = history + (size_t)request.slot * WORD_TOKENS;
+    const uint32_t *words = word_lists + (size_t)request.slot * (2 * WORDS + WORD_TOKENS);
+    int completed = -1;  // the id that would complete this thread's bad word
+    if (threadIdx.x < p.words) {
+        const uint32_t *word = words + 2 * WORDS + words[2 * threadIdx.x];
+        const int n = words[2 * threadIdx.x + 1];
+        bool follows = n - 1 <= request.output_index;
+        for (int i = 1; i < n && follows; i++) follows = outputs[(request.output_index - i) % WORD_TOKENS] == word[n - 1 - i];
+        if (follows) completed = word[n - 1];
+    }
+    // Every original is saved before anything is added, so an id may stand in several places.
     for (int i = first + threadIdx.x; i < p.edits; i += SAMPLER_THREADS) original[i] = row[edits[i].x];
+    if (completed >= 0) original[EDITS + threadIdx.x] = row[completed];
     __syncthreads();
     for (int i = first + threadIdx.x; i < p.edits; i += SAMPLER_THREADS) atomicAdd(&row[edits[i].x], __int_as_float(edits[i].y));
+    if (completed >= 0) atomicAdd(&row[completed], -INFINITY);
     __syncthreads();
     __threadfence_block();
 
@@ -245,6 +263,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
         } else {
             __syncthreads();
             for (int i = first + threadIdx.x; i < p.edits; i += SAMPLER_THREADS) row[edits[i].x] = original[i];
+            if (completed >= 0) row[completed] = original[EDITS + threadIdx.x];
             __syncthreads();
             report(V, id, count, p.mode == 1, [&](int v) { return row[v]; }, result, scratch, sums);
         }
@@ -253,6 +272,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     if (threadIdx.x == 0) {
         result->id = id;
         last_sampled[request.slot] = id;
+        outputs[request.output_index % WORD_TOKENS] = id;
         if (p.penalties && (seen[id] & 0x7fff) < 0x7fff) seen[id]++;
     }
 }
@@ -276,8 +296,8 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
 
 // counts[slot] := prompt and output tokens; `tokens` holds the prompt's ids, then the output's. Grid: one block.
 extern "C" __global__ void __launch_bounds__(1024)
-    start_slot(uint16_t *__restrict__ counts, const uint32_t *__restrict__ tokens, uint32_t *__restrict__ last_sampled, int slot, int prompt,
-               int output, int V) {
+    start_slot(uint16_t *__restrict__ counts, const uint32_t *__restrict__ tokens, uint32_t *__restrict__ history,
+               uint32_t *__restrict__ last_sampled, int slot, int prompt, int output, int V) {
     pdl_launch();
     pdl_wait();
     uint16_t *seen = counts + (size_t)slot * V;
@@ -287,7 +307,10 @@ extern "C" __global__ void __launch_bounds__(1024)
     __syncthreads();
     // Serial: outputs repeat, and a slot rarely starts with any.
     if (threadIdx.x == 0) {
-        for (int i = prompt; i < prompt + output; i++) seen[tokens[i]]++;
+        for (int i = prompt; i < prompt + output; i++) {
+            seen[tokens[i]]++;
+            history[(size_t)slot * WORD_TOKENS + (i - prompt) % WORD_TOKENS] = tokens[i];
+        }
         if (output) last_sampled[slot] = tokens[prompt + output - 1];
     }
 }

@@ -115,6 +115,22 @@ impl CudaBatch {
                 )
             },
         )?;
+        let consistent = [layout.positions.len(), layout.slot_mapping.len()]
+            .iter()
+            .all(|n| *n == tokens)
+            && [
+                layout.context_lens.len(),
+                layout.reset_conv.len(),
+                layout.feedback.len(),
+            ]
+            .iter()
+            .all(|n| *n == rows)
+            && layout.row_starts.len() == rows + 1
+            && layout.row_starts.windows(2).all(|w| w[0] < w[1])
+            && layout.row_starts.last().is_none_or(|end| *end as usize == tokens)
+            && layout.block_tables.len() == rows * layout.max_blocks
+            && layout.logit_tokens.iter().all(|t| (*t as usize) < tokens);
+        need("set_batch", consistent, || "the arrays' lengths do not agree".into())?;
         let (staging, event) = &mut self.staging[self.next % RING];
         // The device has read what this region held three steps ago.
         event.wait("set_batch")?;

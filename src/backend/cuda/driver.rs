@@ -345,18 +345,6 @@ impl Memory {
             )
         }
     }
-
-    pub fn download(&self, out: &mut [u8], op: &'static str) -> Result<()> {
-        assert!(out.len() <= self.bytes, "{op}: download past the end");
-        // SAFETY: bounds checked; the stream is synchronised before `out` is used.
-        unsafe {
-            check(
-                op,
-                sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), self.address, out.len(), self.device.stream),
-            )?;
-        }
-        self.device.synchronize(op)
-    }
 }
 
 impl Drop for Memory {
@@ -368,6 +356,15 @@ impl Drop for Memory {
             let _ = sys::cuMemFree_v2(self.address);
         }
     }
+}
+
+/// Copies device bytes to the host and waits for them.
+pub fn download(device: &Device, from: Address, out: &mut [u8], op: &'static str) -> Result<()> {
+    // SAFETY: the caller's range lies in one allocation; the stream is synchronised before `out` is used.
+    check(op, unsafe {
+        sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), from, out.len(), device.stream)
+    })?;
+    device.synchronize(op)
 }
 
 /// Page-locked host memory, the source or target of asynchronous copies.

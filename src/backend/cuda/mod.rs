@@ -166,8 +166,13 @@ impl CudaBackend {
     fn norm_shape(&self, op: &'static str, weight: &CudaWeight, x: &CudaTensor) -> Result<()> {
         need(
             op,
-            weight.cols == x.cols && x.cols.is_multiple_of(8) && x.cols <= 8 * 256 * 4,
-            || format!("a norm over {} with a weight of {}", x.cols, weight.cols),
+            weight.dtype == self.dtype && weight.cols == x.cols && x.cols.is_multiple_of(8) && x.cols <= 8 * 256 * 4,
+            || {
+                format!(
+                    "a norm over {} with a {} weight of {}",
+                    x.cols, weight.dtype, weight.cols
+                )
+            },
         )
     }
 
@@ -382,16 +387,26 @@ impl Backend for CudaBackend {
 
     fn read(&mut self, x: &CudaTensor, rows: usize, out: &mut Vec<f32>) -> Result<()> {
         self.device.bind()?;
-        self.whole("read", x, rows)?;
-        let mut bytes = vec![0; rows * x.cols * x.dtype.size_bytes()];
-        x.memory.download(&mut bytes, "read")?;
+        need("read", rows <= x.rows, || {
+            format!("{rows} rows of a tensor of {}", x.rows)
+        })?;
         out.clear();
-        decode_f32(x.dtype, &bytes, out);
+        let (from, parts) = x.parts.unwrap_or((x.address(), 1));
+        let mut bytes = vec![0; rows * parts * x.cols * x.dtype.size_bytes()];
+        driver::download(&self.device, from, &mut bytes, "read")?;
+        let mut values = Vec::new();
+        decode_f32(x.dtype, &bytes, &mut values);
+        for row in values.chunks_exact(parts * x.cols) {
+            out.extend((0..x.cols).map(|c| row.iter().skip(c).step_by(x.cols).sum::<f32>()));
+        }
         Ok(())
     }
 
     fn write(&mut self, x: &mut CudaTensor, values: &[f32]) -> Result<()> {
         self.device.bind()?;
+        need("write", values.len() <= x.rows * x.cols, || {
+            format!("{} values into [{}, {}]", values.len(), x.rows, x.cols)
+        })?;
         x.parts = None;
         let raw: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         let host = HostTensor {
@@ -405,7 +420,10 @@ impl Backend for CudaBackend {
     fn embed(&mut self, table: &CudaWeight, batch: &CudaBatch, out: &mut CudaTensor) -> Result<()> {
         need(
             "embed",
-            table.cols == out.cols && table.cols.is_multiple_of(8) && batch.tokens <= out.rows,
+            table.dtype == out.dtype
+                && table.cols == out.cols
+                && table.cols.is_multiple_of(8)
+                && batch.tokens <= out.rows,
             || {
                 format!(
                     "a table of width {} into [{}, {}] for {} tokens",
@@ -507,7 +525,7 @@ impl Backend for CudaBackend {
         let heads = shape.num_q_heads + 2 * shape.num_kv_heads;
         need(
             "qk_norm_rope_kv",
-            shape.head_dim == 64 && qkv.cols == heads * 64,
+            shape.head_dim == 64 && qkv.cols == heads * 64 && q_norm.dtype == self.dtype && k_norm.dtype == self.dtype,
             || format!("{heads} heads of {} in {} columns", shape.head_dim, qkv.cols),
         )?;
         let frequency = self.inverse_frequency(shape)?;
@@ -608,7 +626,8 @@ impl Backend for CudaBackend {
             "short_conv",
             bcx.cols == 3 * state.hidden
                 && out.cols == state.hidden
-                && taps.memory.bytes >= state.hidden * state.taps * 2,
+                && taps.dtype == self.dtype
+                && taps.rows * taps.cols == state.hidden * state.taps,
             || {
                 format!(
                     "{} columns for {} channels of {} taps",
@@ -719,6 +738,13 @@ impl Backend for CudaBackend {
 
     fn sample(&mut self, logits: &CudaTensor, requests: &[SampleRequest], sampler: &mut CudaSampler) -> Result<()> {
         self.device.bind()?;
+        for request in requests {
+            need(
+                "sample",
+                request.logit_row < logits.rows && logits.cols == sampler.vocab(),
+                || format!("row {} of logits [{}, {}]", request.logit_row, logits.rows, logits.cols),
+            )?;
+        }
         sampler.sample(&self.device, logits.address(), requests)
     }
 
@@ -735,6 +761,36 @@ impl Backend for CudaBackend {
         out: &mut Vec<TokenLogprobs>,
     ) -> Result<()> {
         self.device.bind()?;
+        for request in requests {
+            need(
+                "score",
+                request.logit_row < logits.rows && logits.cols == sampler.vocab(),
+                || format!("row {} of logits [{}, {}]", request.logit_row, logits.rows, logits.cols),
+            )?;
+        }
         sampler.score(&self.device, logits.address(), requests, out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::conformance::{Options, Shapes, conformance};
+
+    /// Needs a GPU: `kernels/gpu-check` runs it.
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn conforms_to_the_op_table() {
+        for dtype in [DType::Bf16, DType::F16] {
+            let mut options = Options::new(2e-2);
+            options.weights = vec![dtype];
+            options.vectors = dtype;
+            options.kv = vec![dtype];
+            // Different kernels take different numbers of rows.
+            options.batch_invariant = false;
+            options.rows = vec![1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 130, 200, 512];
+            options.shapes = Shapes::aligned();
+            conformance(&mut CudaBackend::new(0, dtype).expect("a device"), &options);
+        }
     }
 }

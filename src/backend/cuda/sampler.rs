@@ -3,13 +3,15 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use super::driver::{Address, Arg, Device, Event, Memory, Pinned};
+use super::driver::{Address, Arg, Device, Event, Memory, Pinned, download};
 use super::{bug, need};
 use crate::backend::{Result, SampleRequest, ScoreRequest};
 use crate::step::{LogprobsMode, SampledToken, SamplingParams, StartedSlot, TokenId, TokenLogprobs};
 
 // Sizes that sampler.cu shares.
 const EDITS: usize = 1024;
+const WORDS: usize = 128;
+const WORD_TOKENS: usize = 1024;
 const TOP: usize = 32;
 const PARAMS_BYTES: usize = 64;
 const REQUEST_BYTES: usize = 16;
@@ -25,6 +27,7 @@ struct Pending {
 
 #[derive(Clone, Default)]
 struct Slot {
+    started: bool,
     logprobs: Option<u32>,
     prompt_logprobs: u32,
     logits_wanted: bool,
@@ -38,6 +41,8 @@ pub struct CudaSampler {
     params: Memory,
     counts: Memory,
     edits: Memory,
+    words: Memory,
+    history: Memory,
     last: Memory,
     masks: Memory,
     requests: Memory,
@@ -63,6 +68,8 @@ impl CudaSampler {
             params: memory(slots * PARAMS_BYTES)?,
             counts: memory(slots * vocab * 2)?,
             edits: memory(slots * EDITS * 8)?,
+            words: memory(slots * (2 * WORDS + WORD_TOKENS) * 4)?,
+            history: memory(slots * WORD_TOKENS * 4)?,
             last: memory(slots * 4)?,
             masks: memory(max_rows * words * 4)?,
             requests: memory(max_rows * REQUEST_BYTES)?,
@@ -81,6 +88,10 @@ impl CudaSampler {
         })
     }
 
+    pub fn vocab(&self) -> usize {
+        self.vocab
+    }
+
     pub fn last_sampled(&self) -> Address {
         self.last.address
     }
@@ -91,8 +102,11 @@ impl CudaSampler {
             format!("slot {slot} of {}", self.slots.len())
         })?;
         let p = &*started.sampling;
-        need("start_slot", p.bad_words.is_empty(), || {
-            "bad_words of more than one token are not built".into()
+        let word_tokens: usize = p.bad_words.iter().map(Vec::len).sum();
+        let fits = p.bad_words.len() <= WORDS && word_tokens <= WORD_TOKENS && !p.bad_words.contains(&vec![]);
+        need("start_slot", fits, || {
+            let n = p.bad_words.len();
+            format!("{n} bad words of {word_tokens} tokens; at most {WORDS} of {WORD_TOKENS}, none empty")
         })?;
         let penalties = p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0;
         let (held, edits) = edit_list(p);
@@ -100,6 +114,7 @@ impl CudaSampler {
             format!("{} biased and held-back ids; at most {EDITS}", edits.len())
         })?;
         self.slots[slot] = Slot {
+            started: true,
             logprobs: p.logprobs,
             prompt_logprobs: p.prompt_logprobs.unwrap_or(0),
             logits_wanted: matches!(p.logprobs_mode, LogprobsMode::RawLogits | LogprobsMode::ProcessedLogits),
@@ -133,7 +148,7 @@ impl CudaSampler {
             held as i32,
             edits.len() as i32,
             i32::from(penalties),
-            0,
+            p.bad_words.len() as i32,
         ];
         for v in ints {
             raw.extend_from_slice(&v.to_le_bytes());
@@ -147,6 +162,16 @@ impl CudaSampler {
                 .flat_map(|(id, add)| [id.to_le_bytes(), add.to_le_bytes()].concat())
                 .collect();
             self.edits.upload(slot * EDITS * 8, &bytes, "start_slot")?;
+        }
+        if !p.bad_words.is_empty() {
+            let mut cells = vec![0u32; 2 * WORDS];
+            for (i, word) in p.bad_words.iter().enumerate() {
+                (cells[2 * i], cells[2 * i + 1]) = ((cells.len() - 2 * WORDS) as u32, word.len() as u32);
+                cells.extend_from_slice(word);
+            }
+            let bytes: Vec<u8> = cells.iter().flat_map(|c| c.to_le_bytes()).collect();
+            self.words
+                .upload(slot * (2 * WORDS + WORD_TOKENS) * 4, &bytes, "start_slot")?;
         }
         if penalties || !started.output.is_empty() {
             let ids: Vec<u8> = started
@@ -162,6 +187,7 @@ impl CudaSampler {
             let args = [
                 self.counts.address.arg(),
                 self.tokens.address.arg(),
+                self.history.address.arg(),
                 self.last.address.arg(),
                 slot.arg(),
                 started.prompt.len().arg(),
@@ -194,10 +220,8 @@ impl CudaSampler {
         let masks_at = self.max_rows * REQUEST_BYTES;
         let mut masks = 0;
         for (i, request) in requests.iter().enumerate() {
-            let slot = self
-                .slots
-                .get(request.slot as usize)
-                .ok_or_else(|| bug("sample", format!("slot {}", request.slot)))?;
+            let slot = self.slots.get(request.slot as usize).filter(|slot| slot.started);
+            let slot = slot.ok_or_else(|| bug("sample", format!("slot {} was not started", request.slot)))?;
             wants.push(slot.logprobs.map(|n| n as usize));
             let mut mask = -1i32;
             if request.mask.is_some() || slot.allowed.is_some() {
@@ -232,6 +256,8 @@ impl CudaSampler {
             self.counts.address.arg(),
             self.masks.address.arg(),
             self.edits.address.arg(),
+            self.words.address.arg(),
+            self.history.address.arg(),
             self.last.address.arg(),
             self.results.address.arg(),
             self.vocab.arg(),
@@ -301,7 +327,7 @@ impl CudaSampler {
             ];
             device.launch(device.function("score", 0)?, [some.len(), 1, 1], 1024, 0, &args)?;
             let mut bytes = vec![0; some.len() * SAMPLED_BYTES];
-            self.results.download(&mut bytes, "score")?;
+            download(device, self.results.address, &mut bytes, "score")?;
             out.extend(
                 bytes
                     .chunks_exact(SAMPLED_BYTES)
