@@ -1,8 +1,14 @@
 //! Messages become a prompt; text deltas become assistant events.
 
+mod event;
+mod stream;
+
 use serde_json::{Map, Value};
 
-use crate::text::{GenerateRequest, TextDelta};
+pub use event::{ChatChoice, ChatDelta, ChatEvent, ChatFinish, FinishReason, Parsing, StopReason, ToolCallDelta};
+pub use stream::{ChoiceParsers, collect, events};
+
+use crate::text::GenerateRequest;
 
 /// A conversation, protocol-free. Built by the server's `convert.rs` of each chat-like endpoint.
 #[derive(Clone, Debug)]
@@ -31,17 +37,4 @@ pub enum ToolChoice {
     /// Tools are rendered, text is not parsed for calls.
     None,
     Auto,
-}
-
-/// What an assistant's turn is made of, choice by choice.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ChatEvent {
-    /// `0..n`.
-    pub index: u32,
-    /// What the parsers made of the delta's text, in order; may be empty.
-    pub parts: Vec<crate::parsers::AssistantDelta>,
-    /// The text delta that caused it (token ids, logprobs, finish).
-    pub delta: TextDelta,
-    /// Output tokens inside reasoning so far.
-    pub reasoning_tokens: usize,
 }

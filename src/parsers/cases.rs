@@ -1,6 +1,6 @@
 //! `compat-tests/goldens/parser-cases.json`: what vLLM made of model outputs, replayed against [`AssistantParser`].
 //!
-//! The file's `meta` explains its groups. Where we differ on purpose, [`DIFFERENCES`] gives our own expectation.
+//! The file's `meta` explains its groups. Where we differ on purpose, [`differences`] gives our own expectation.
 //! In streams an absent content and an empty one are the same here: the role chunk always carries `"content": ""`.
 
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ fn token_id(text: &str) -> Option<u32> {
     special.zip(1..).find_map(|(name, id)| (name == text).then_some(id))
 }
 
-/// Cases in which we differ from vLLM on purpose: `(group, id, why, our result)`. The result replaces the keys it names,
+/// Cases in which we differ from vLLM on purpose: `(group, id, our result)`. The result replaces the keys it names,
 /// in a collected message and in a stream alike unless it says `nonstream` or `stream`.
 fn differences() -> Vec<(&'static str, &'static str, Value)> {
     const CALL: &str = "lookup_stock";
@@ -175,47 +175,53 @@ struct Replay {
     include_reasoning: bool,
 }
 
+/// The parser that the group's server makes for the case's request.
+pub(crate) fn parser(group: &str, case: &Value) -> AssistantParser {
+    let reasoning = matches!(group, "reasoning" | "combined").then_some("qwen3");
+    let tool = (group != "reasoning").then_some("lfm2");
+    let parsers = Parsers::resolve(
+        Some(reasoning.unwrap_or("none")),
+        Some(tool.unwrap_or("none")),
+        "",
+        &token_id,
+    )
+    .unwrap();
+    let flag = |pointer: &str| case.pointer(pointer).and_then(Value::as_bool).unwrap_or(true);
+    let default_tail = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n";
+    let prompt = case["prompt_tail"].as_str().unwrap_or(default_tail);
+    let no_tools = case.pointer("/request/tools").is_some_and(Value::is_null);
+    let none = case
+        .pointer("/request/tool_choice")
+        .is_some_and(|choice| choice == "none");
+    let turn = Turn {
+        prompt: Prompt {
+            text: prompt,
+            token_ids: &ids(prompt),
+            enable_thinking: flag("/chat_template_kwargs/enable_thinking"),
+        },
+        parse_tools: !no_tools && !none,
+        parallel_tool_calls: flag("/request/parallel_tool_calls"),
+    };
+    parsers.assistant(&turn, &token_id)
+}
+
+/// Token ids of a text: one per piece.
+pub(crate) fn ids(text: &str) -> Vec<u32> {
+    pieces(text).iter().map(|piece| token_id(piece).unwrap_or(99)).collect()
+}
+
 impl Replay {
     fn new(group: &str, case: &Value) -> Self {
-        let reasoning = matches!(group, "reasoning" | "combined").then_some("qwen3");
-        let tool = (group != "reasoning").then_some("lfm2");
-        let parsers = Parsers::resolve(
-            Some(reasoning.unwrap_or("none")),
-            Some(tool.unwrap_or("none")),
-            "",
-            &token_id,
-        )
-        .unwrap();
-        let flag = |pointer: &str| case.pointer(pointer).and_then(Value::as_bool).unwrap_or(true);
-        let default_tail = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n";
-        let prompt = case["prompt_tail"].as_str().unwrap_or(default_tail);
-        let prompt_ids: Vec<u32> = pieces(prompt)
-            .iter()
-            .map(|piece| token_id(piece).unwrap_or(99))
-            .collect();
-        let no_tools = case.pointer("/request/tools").is_some_and(Value::is_null);
-        let none = case
-            .pointer("/request/tool_choice")
-            .is_some_and(|choice| choice == "none");
-        let turn = Turn {
-            prompt: Prompt {
-                text: prompt,
-                token_ids: &prompt_ids,
-                enable_thinking: flag("/chat_template_kwargs/enable_thinking"),
-            },
-            parse_tools: !no_tools && !none,
-            parallel_tool_calls: flag("/request/parallel_tool_calls"),
-        };
+        let include_reasoning = case.pointer("/request/include_reasoning") != Some(&json!(false));
         Replay {
-            parser: parsers.assistant(&turn, &token_id),
+            parser: parser(group, case),
             parts: Vec::new(),
-            include_reasoning: flag("/request/include_reasoning"),
+            include_reasoning,
         }
     }
 
     fn push(&mut self, text: &str) -> Value {
-        let ids: Vec<u32> = pieces(text).iter().map(|piece| token_id(piece).unwrap_or(99)).collect();
-        let parts = self.parser.push(text, &ids);
+        let parts = self.parser.push(text, &ids(text));
         self.add(parts)
     }
 
@@ -235,7 +241,7 @@ impl Replay {
 }
 
 /// Sentinels whole, everything else character by character: the file's finest cut.
-fn pieces(text: &str) -> Vec<&str> {
+pub(crate) fn pieces(text: &str) -> Vec<&str> {
     let mut pieces = Vec::new();
     let mut rest = text;
     while let Some(c) = rest.chars().next() {
@@ -303,7 +309,7 @@ fn normal(expected: &Value) -> Value {
     json!({"content": text("content"), "reasoning": text("reasoning"), "tool_calls": calls})
 }
 
-fn expected(group: &str, case: &Value, mode: &str) -> Value {
+pub(crate) fn expected(group: &str, case: &Value, mode: &str) -> Value {
     let mut value = case
         .get(mode)
         .or_else(|| case.get("stream_incremental"))
@@ -319,7 +325,7 @@ fn expected(group: &str, case: &Value, mode: &str) -> Value {
     value
 }
 
-fn each_case(mut check: impl FnMut(&str, &Value)) {
+pub(crate) fn each_case(mut check: impl FnMut(&str, &Value)) {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/compat-tests/goldens/parser-cases.json");
     let file: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     for group in ["tool", "reasoning", "tool_only", "combined"] {
@@ -411,12 +417,8 @@ fn every_cut_gives_the_same() {
         for (at, _) in input.char_indices() {
             // Ids come with the first piece that holds their text; a cut sentinel has none, so give them all at once.
             let mut replay = Replay::new(group, case);
-            let ids: Vec<u32> = pieces(input)
-                .iter()
-                .map(|piece| token_id(piece).unwrap_or(99))
-                .collect();
             let (head, tail) = input.split_at(at);
-            let first = replay.parser.push(head, &ids);
+            let first = replay.parser.push(head, &ids(input));
             replay.add(first);
             let second = replay.parser.push(tail, &[]);
             replay.add(second);

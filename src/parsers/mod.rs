@@ -9,7 +9,7 @@ pub mod reasoning;
 pub mod tool;
 
 #[cfg(test)]
-mod cases;
+pub(crate) mod cases;
 
 pub use assistant::{AssistantParser, Turn};
 pub use tool::{ToolBlock, ToolCall};
