@@ -5,6 +5,7 @@
 pub mod args;
 mod checkpoint;
 pub mod environment;
+mod files;
 mod limits;
 pub mod logging;
 pub mod resolve;
