@@ -254,6 +254,28 @@ impl Backend for CudaBackend {
         Ok(self.device.free_bytes_at_start)
     }
 
+    fn read_bandwidth(&mut self) -> Result<f64> {
+        const BYTES: usize = 4 << 30;
+        const PASSES: usize = 5;
+        let buffer = Memory::new(&self.device, BYTES, "read_bandwidth")?;
+        let function = self.device.function("read_bandwidth", 0)?;
+        let args = [
+            buffer.address.arg(),
+            (BYTES / 16).arg(),
+            self.split_partial.address.arg(),
+        ];
+        let grid = [self.device.multiprocessors * 4, 1, 1];
+        let mut best = f64::INFINITY;
+        for _ in 0..PASSES {
+            self.device.synchronize("read_bandwidth")?;
+            let start = std::time::Instant::now();
+            self.device.launch(function, grid, 512, 0, &args)?;
+            self.device.synchronize("read_bandwidth")?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        Ok(BYTES as f64 / best)
+    }
+
     fn activation_dtype(&self) -> DType {
         self.dtype
     }
