@@ -7,6 +7,8 @@
 //! Alphabet: `T` tokens this step, `S` sequences (rows) this step, `H` hidden, `F` ffn width, `Nq`/`Nk` query and KV heads,
 //! `D` head dim, `V` vocabulary, `P` tokens per KV block, `E`/`K` experts and experts per token, `L` conv taps.
 
+#[cfg(any(test, feature = "cuda"))]
+pub mod conformance;
 pub mod cpu;
 
 use std::fmt;

@@ -11,6 +11,9 @@ pub mod loader;
 pub mod registry;
 pub mod weights;
 
+#[cfg(test)]
+pub mod testing;
+
 use crate::backend::BackendError;
 
 /// A model cannot be loaded. The message names the file, the field or the tensor at fault.

@@ -350,3 +350,6 @@ fn read_header(file: &str, bytes: &[u8]) -> Result<(Vec<(String, TensorInfo)>, u
     }
     Ok((tensors, data_start))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,9 @@
 //! Text in, text out: tokenizer, incremental detokenizer, stop strings, logprobs by token text.
 //!
-//! `generate.rs` turns a [`GenerateRequest`] into engine requests and their tokens into [`TextDelta`]s.
+//! [`TextEngine`] turns a [`GenerateRequest`] into engine requests and their tokens into [`TextDelta`]s.
 
 pub mod detokenizer;
+pub mod generate;
 pub mod logprobs;
 pub mod sampling;
 pub mod stop;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use crate::engine::EngineError;
 use crate::step::{SamplingParams, TokenId};
 
+pub use generate::{TextEngine, TextLimits, TextStream, collect};
 pub use sampling::{ResolvedSampling, SamplingOptions, SamplingRules, resolve_sampling};
 pub use tokenizer::Tokenizer;
 

@@ -6,5 +6,3 @@ pub mod text;
 
 #[cfg(test)]
 mod goldens;
-#[cfg(test)]
-mod malformed;

@@ -1,0 +1,1096 @@
+//! One suite for every backend: each operation of the table against plain f64 loops, from one decode row to ragged prefill.
+//!
+//! Inputs are representable in bf16, so that backends which round operands see the same numbers. A failure panics with
+//! the operation, the shape and the first value that differs. Run it from a test, or from a test binary on a device.
+
+use std::sync::Arc;
+
+use super::{AttentionShape, Backend, BatchLayout, DType, HostTensor, RouteShape, SampleRequest, ScoreRequest};
+use crate::step::{LogprobsMode, SampledToken, SamplingParams, StartedSlot, TokenId, TokenMask};
+
+/// What is asked of a backend.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Types of matrices to test.
+    pub weights: Vec<DType>,
+    /// Types of KV to test.
+    pub kv: Vec<DType>,
+    /// Largest difference, as a share of the largest magnitude in the same row: about 1e-4 for f32 activations, 2e-2 for
+    /// bf16.
+    pub tolerance: f64,
+    /// Whether a row's result must be the same bits alone, in any batch, and after any cut of its prompt.
+    pub batch_invariant: bool,
+    /// Rows of the matrix products.
+    pub rows: Vec<usize>,
+}
+
+impl Options {
+    pub fn new(tolerance: f64) -> Self {
+        Self {
+            weights: vec![DType::F32, DType::F16, DType::Bf16],
+            kv: vec![DType::F32, DType::F16, DType::Bf16],
+            tolerance,
+            batch_invariant: true,
+            rows: vec![1, 2, 3, 4, 7, 8, 16, 17, 33, 64],
+        }
+    }
+}
+
+/// Runs everything.
+pub fn conformance<B: Backend>(backend: &mut B, options: &Options) {
+    let mut suite = Suite {
+        backend,
+        options,
+        rng: Rng(1),
+    };
+    suite.linear();
+    suite.rows();
+    suite.embedding();
+    suite.conv();
+    suite.attention();
+    suite.experts();
+    suite.sampling();
+    suite.sampling_state();
+    suite.refusals();
+}
+
+/// SplitMix64.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ z >> 31
+    }
+
+    /// In (-1, 1), with the 8 significant bits of bf16.
+    fn value(&mut self) -> f32 {
+        round(DType::Bf16, (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0)
+    }
+
+    fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.value()).collect()
+    }
+}
+
+fn round(dtype: DType, x: f32) -> f32 {
+    match dtype {
+        DType::F32 => x,
+        DType::F16 => half::f16::from_f32(x).to_f32(),
+        DType::Bf16 => half::bf16::from_f32(x).to_f32(),
+    }
+}
+
+fn bytes(dtype: DType, values: &[f32]) -> Vec<u8> {
+    match dtype {
+        DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        DType::F16 => values
+            .iter()
+            .flat_map(|&x| half::f16::from_f32(x).to_le_bytes())
+            .collect(),
+        DType::Bf16 => values
+            .iter()
+            .flat_map(|&x| half::bf16::from_f32(x).to_le_bytes())
+            .collect(),
+    }
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// `[rows, k] × [n, k]ᵀ` in f64, by candle.
+fn matmul(x: &[f32], w: &[f32], rows: usize, k: usize, n: usize) -> Vec<f64> {
+    use candle_core::{DType, Device, Tensor};
+    let tensor = |v: &[f32], shape: (usize, usize)| Tensor::from_slice(v, shape, &Device::Cpu)?.to_dtype(DType::F64);
+    let product = || {
+        tensor(x, (rows, k))?
+            .matmul(&tensor(w, (n, k))?.t()?)?
+            .flatten_all()?
+            .to_vec1::<f64>()
+    };
+    product().expect("candle multiplies two matrices")
+}
+
+/// A piece of a sequence in a step; slot and sequence have the same number.
+#[derive(Clone, Copy)]
+struct Piece {
+    sequence: usize,
+    start: usize,
+    len: usize,
+    replay: usize,
+    reset: bool,
+}
+
+fn piece(sequence: usize, start: usize, len: usize) -> Piece {
+    Piece {
+        sequence,
+        start,
+        len,
+        replay: 0,
+        reset: start == 0,
+    }
+}
+
+/// Sequence s owns blocks `s + i * sequences`, in reverse order of i: neither contiguous nor ascending.
+fn block_table(sequence: usize, sequences: usize, blocks: usize) -> Vec<u32> {
+    (0..blocks).rev().map(|i| (sequence + i * sequences) as u32).collect()
+}
+
+fn layout(pieces: &[Piece], sequences: usize, blocks: usize, block_size: usize) -> BatchLayout {
+    let mut b = BatchLayout {
+        row_starts: vec![0],
+        max_blocks: blocks,
+        ..Default::default()
+    };
+    for p in pieces {
+        let table = block_table(p.sequence, sequences, blocks);
+        for position in p.start..p.start + p.len {
+            b.token_ids.push(0);
+            b.positions.push(position as u32);
+            let slot = table[position / block_size] as i64 * block_size as i64 + (position % block_size) as i64;
+            b.slot_mapping
+                .push(if position < p.start + p.replay { -1 } else { slot });
+        }
+        b.row_starts.push(b.token_ids.len() as u32);
+        b.context_lens.push((p.start + p.len) as u32);
+        b.block_tables.extend(table);
+        b.slots.push(p.sequence as u32);
+        b.reset_conv.push(p.reset);
+        b.feedback.push(false);
+        b.logit_tokens.push(b.token_ids.len() as u32 - 1);
+    }
+    b
+}
+
+/// Cuts sequences of the given lengths into steps: whole, in chunks of some sizes side by side, token by token.
+fn schedules(lengths: &[usize]) -> Vec<Vec<Vec<Piece>>> {
+    let chunked = |chunk: &dyn Fn(usize, usize) -> usize| {
+        let mut at = vec![0; lengths.len()];
+        let mut steps = Vec::new();
+        while at.iter().zip(lengths).any(|(a, n)| a < n) {
+            let mut step = Vec::new();
+            for (s, &n) in lengths.iter().enumerate() {
+                let len = chunk(s, steps.len()).min(n - at[s]);
+                if len > 0 {
+                    step.push(piece(s, at[s], len));
+                    at[s] += len;
+                }
+            }
+            steps.push(step);
+        }
+        steps
+    };
+    vec![
+        chunked(&|_, _| usize::MAX),
+        chunked(&|s, step| [1, 16, 7, 33][(s + step) % 4]),
+        chunked(&|s, _| if s == 0 { 1 } else { 64 }),
+        lengths.iter().enumerate().map(|(s, &n)| vec![piece(s, 0, n)]).collect(),
+    ]
+}
+
+struct Suite<'a, B: Backend> {
+    backend: &'a mut B,
+    options: &'a Options,
+    rng: Rng,
+}
+
+impl<B: Backend> Suite<'_, B> {
+    fn tensor(&mut self, rows: usize, cols: usize, values: &[f32]) -> B::Tensor {
+        let dtype = self.backend.activation_dtype();
+        let mut x = self.backend.tensor(rows, cols, dtype).expect("tensor");
+        self.backend.write(&mut x, values).expect("write");
+        x
+    }
+
+    fn weight(&mut self, shape: &[usize], values: &[f32], dtype: DType) -> B::Weight {
+        let data = bytes(dtype, values);
+        self.backend
+            .weight(
+                HostTensor {
+                    dtype,
+                    shape,
+                    data: &data,
+                },
+                dtype,
+            )
+            .expect("weight")
+    }
+
+    fn read(&mut self, x: &B::Tensor, rows: usize) -> Vec<f32> {
+        let mut out = Vec::new();
+        self.backend.read(x, rows, &mut out).expect("read");
+        out
+    }
+
+    fn close(&self, what: &str, got: &[f32], want: &[f64], cols: usize) {
+        assert_eq!(got.len(), want.len(), "{what}: length");
+        for (row, (got, want)) in got.chunks(cols).zip(want.chunks(cols)).enumerate() {
+            let scale = want.iter().fold(1e-3f64, |m, x| m.max(x.abs()));
+            for (col, (&g, &w)) in got.iter().zip(want).enumerate() {
+                let error = (f64::from(g) - w).abs() / scale;
+                let limit = self.options.tolerance;
+                assert!(
+                    error <= limit,
+                    "{what}: [{row}, {col}] is {g}, not {w} (off by {error:.1e} of {scale})"
+                );
+            }
+        }
+    }
+
+    fn same(&self, what: &str, got: &[f32], want: &[f32]) {
+        if !self.options.batch_invariant {
+            return;
+        }
+        assert_eq!(got.len(), want.len(), "{what}: length");
+        let differs = got.iter().zip(want).position(|(a, b)| a.to_bits() != b.to_bits());
+        if let Some(i) = differs {
+            panic!("{what}: not the same bits at {i}: {} and {}", got[i], want[i]);
+        }
+    }
+
+    fn linear(&mut self) {
+        let most = self.options.rows.iter().copied().max().unwrap_or(1);
+        for (k, n) in [(64, 64), (33, 19), (1, 1), (7, 130), (300, 80), (1030, 48)] {
+            for dtype in self.options.weights.clone() {
+                let (x, w, bias) = (self.rng.values(most * k), self.rng.values(n * k), self.rng.values(n));
+                let plain = matmul(&x, &w, most, k, n);
+                let parts = [n / 3, n - n / 3];
+                let (wt, bt) = if parts[0] > 0 {
+                    let (a, b) = (bytes(dtype, &w[..parts[0] * k]), bytes(dtype, &w[parts[0] * k..]));
+                    let parts = [
+                        HostTensor {
+                            dtype,
+                            shape: &[parts[0], k],
+                            data: &a,
+                        },
+                        HostTensor {
+                            dtype,
+                            shape: &[parts[1], k],
+                            data: &b,
+                        },
+                    ];
+                    (
+                        self.backend.weight_rows(&parts, dtype).expect("weight_rows"),
+                        self.weight(&[n], &bias, dtype),
+                    )
+                } else {
+                    (self.weight(&[n, k], &w, dtype), self.weight(&[n], &bias, dtype))
+                };
+                for with_bias in [false, true] {
+                    let want: Vec<f64> = plain
+                        .iter()
+                        .enumerate()
+                        .map(|(i, v)| if with_bias { v + f64::from(bias[i % n]) } else { *v })
+                        .collect();
+                    let mut whole = Vec::new();
+                    for &rows in self.options.rows.iter().rev() {
+                        let what = format!("linear {rows} rows, [{n}, {k}] {dtype}, bias {with_bias}");
+                        // The last rows, so that a row's place in the batch differs between sizes.
+                        let xt = self.tensor(rows, k, &x[(most - rows) * k..]);
+                        let mut out = self.tensor(rows, n, &vec![f32::NAN; rows * n]);
+                        let b = with_bias.then_some(&bt);
+                        self.backend.linear(&xt, rows, &wt, b, &mut out).expect("linear");
+                        let got = self.read(&out, rows);
+                        self.close(&what, &got, &want[(most - rows) * n..], n);
+                        if rows == most {
+                            whole = got;
+                        } else if whole.len() == most * n {
+                            self.same(&what, &got, &whole[(most - rows) * n..]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn rows(&mut self) {
+        for (rows, h) in [(1, 64), (3, 37), (17, 1024), (40, 8)] {
+            let (x, d, w) = (self.rng.values(rows * h), self.rng.values(rows * h), self.rng.values(h));
+            let wt = self.weight(&[h], &w, DType::Bf16);
+            let eps = 1e-5f32;
+            let norm = |x: &[f64]| -> Vec<f64> {
+                x.chunks(h)
+                    .flat_map(|row| {
+                        let mean = row.iter().map(|v| v * v).sum::<f64>() / h as f64;
+                        let scale = 1.0 / (mean + f64::from(eps)).sqrt();
+                        row.iter()
+                            .zip(&w)
+                            .map(move |(v, &w)| v * scale * f64::from(w))
+                            .collect::<Vec<_>>()
+                    })
+                    .collect()
+            };
+            let f64s = |x: &[f32]| x.iter().map(|&v| f64::from(v)).collect::<Vec<_>>();
+            let xt = self.tensor(rows, h, &x);
+            let mut out = self.tensor(rows, h, &[]);
+            self.backend.rms_norm(&xt, rows, &wt, eps, &mut out).expect("rms_norm");
+            let got = self.read(&out, rows);
+            self.close(&format!("rms_norm [{rows}, {h}]"), &got, &norm(&f64s(&x)), h);
+
+            let sum: Vec<f64> = x.iter().zip(&d).map(|(&a, &b)| f64::from(a) + f64::from(b)).collect();
+            let (mut xt, dt) = (self.tensor(rows, h, &x), self.tensor(rows, h, &d));
+            self.backend
+                .add_rms_norm(&mut xt, &dt, rows, &wt, eps, &mut out)
+                .expect("add_rms_norm");
+            let (residual, got) = (self.read(&xt, rows), self.read(&out, rows));
+            self.close(&format!("add_rms_norm residual [{rows}, {h}]"), &residual, &sum, h);
+            self.close(&format!("add_rms_norm [{rows}, {h}]"), &got, &norm(&sum), h);
+
+            let gate_up: Vec<f32> = self.rng.values(rows * 2 * h).iter().map(|v| v * 8.0).collect();
+            let want: Vec<f64> = gate_up
+                .chunks(2 * h)
+                .flat_map(|r| {
+                    (0..h)
+                        .map(|i| silu(f64::from(r[i])) * f64::from(r[h + i]))
+                        .collect::<Vec<_>>()
+                })
+                .collect();
+            let gt = self.tensor(rows, 2 * h, &gate_up);
+            self.backend.swiglu(&gt, rows, &mut out).expect("swiglu");
+            let got = self.read(&out, rows);
+            self.close(&format!("swiglu [{rows}, {h}]"), &got, &want, h);
+        }
+    }
+
+    fn embedding(&mut self) {
+        for dtype in self.options.weights.clone() {
+            for (v, h) in [(50, 48), (7, 5)] {
+                let table = self.rng.values(v * h);
+                let wt = self.weight(&[v, h], &table, dtype);
+                let mut b = layout(&[piece(1, 0, 4), piece(0, 0, 2)], 2, 1, 16);
+                b.token_ids = (0..6).map(|i| (i * 5 % v) as u32).collect();
+                let mut batch = self.backend.batch(8, 4, 2).expect("batch");
+                self.backend.set_batch(&mut batch, &b).expect("set_batch");
+                let mut x = self.tensor(8, h, &[]);
+                self.backend.embed(&wt, &batch, &mut x).expect("embed");
+                let row = |id: u32| {
+                    table[id as usize * h..][..h]
+                        .iter()
+                        .map(|&v| f64::from(v))
+                        .collect::<Vec<_>>()
+                };
+                let want: Vec<f64> = b.token_ids.iter().flat_map(|&id| row(id)).collect();
+                let got = self.read(&x, 6);
+                self.close(&format!("embed [{v}, {h}] {dtype}"), &got, &want, h);
+                let mut last = self.tensor(2, h, &[]);
+                self.backend
+                    .gather_logit_rows(&x, &batch, &mut last)
+                    .expect("gather_logit_rows");
+                let got = self.read(&last, 2);
+                self.close(
+                    "gather_logit_rows",
+                    &got,
+                    &[row(b.token_ids[3]), row(b.token_ids[5])].concat(),
+                    h,
+                );
+            }
+        }
+    }
+
+    fn conv(&mut self) {
+        const LENGTHS: [usize; 3] = [40, 1, 17];
+        for (h, taps, with_bias) in [(48, 3, false), (300, 4, true), (5, 1, false), (16, 2, true)] {
+            let what = format!("short_conv {taps} taps, {h} channels");
+            let (w, bias) = (self.rng.values(h * taps), self.rng.values(h));
+            let (wt, bt) = (
+                self.weight(&[h, 1, taps], &w, DType::Bf16),
+                self.weight(&[h], &bias, DType::Bf16),
+            );
+            let inputs: Vec<Vec<f32>> = LENGTHS.iter().map(|n| self.rng.values(n * 3 * h)).collect();
+            let stored = self.backend.activation_dtype();
+            let wants: Vec<Vec<f64>> = inputs
+                .iter()
+                .map(|input| {
+                    let n = input.len() / (3 * h);
+                    let at = |t: usize, part: usize, c: usize| input[(t * 3 + part) * h + c];
+                    let z = |t: usize, c: usize| f64::from(round(stored, at(t, 0, c) * at(t, 2, c)));
+                    let y = |t: usize, c: usize| {
+                        let past = (0..taps).filter(|k| t + 1 + k >= taps);
+                        let sum: f64 = past.map(|k| f64::from(w[c * taps + k]) * z(t + 1 + k - taps, c)).sum();
+                        f64::from(at(t, 1, c)) * (sum + if with_bias { f64::from(bias[c]) } else { 0.0 })
+                    };
+                    (0..n)
+                        .flat_map(|t| (0..h).map(move |c| (t, c)))
+                        .map(|(t, c)| y(t, c))
+                        .collect()
+                })
+                .collect();
+            let mut first: Option<Vec<Vec<f32>>> = None;
+            // One state for all schedules: a start must forget what the slot held.
+            let mut state = self.backend.conv_state(4, taps, h).expect("conv_state");
+            for steps in schedules(&LENGTHS) {
+                let mut outs: Vec<Vec<f32>> = vec![Vec::new(); LENGTHS.len()];
+                for step in &steps {
+                    let b = layout(step, LENGTHS.len(), 3, 16);
+                    let tokens = b.num_tokens();
+                    let mut batch = self.backend.batch(tokens, 4, 3).expect("batch");
+                    self.backend.set_batch(&mut batch, &b).expect("set_batch");
+                    let x: Vec<f32> = step
+                        .iter()
+                        .flat_map(|p| inputs[p.sequence][p.start * 3 * h..(p.start + p.len) * 3 * h].to_vec())
+                        .collect();
+                    let xt = self.tensor(tokens, 3 * h, &x);
+                    let mut out = self.tensor(tokens, h, &[]);
+                    let bias = with_bias.then_some(&bt);
+                    self.backend
+                        .short_conv(&xt, &wt, bias, &batch, &mut state, &mut out)
+                        .expect("short_conv");
+                    let got = self.read(&out, tokens);
+                    for (row, p) in step.iter().enumerate() {
+                        let (from, to) = (b.row_starts[row] as usize, b.row_starts[row + 1] as usize);
+                        outs[p.sequence].extend(&got[from * h..to * h]);
+                    }
+                }
+                for (got, want) in outs.iter().zip(&wants) {
+                    self.close(&what, got, want, h);
+                }
+                match &first {
+                    None => first = Some(outs),
+                    Some(first) => first.iter().zip(&outs).for_each(|(a, b)| self.same(&what, b, a)),
+                }
+            }
+        }
+    }
+
+    fn attention(&mut self) {
+        const LENGTHS: [usize; 4] = [150, 1, 33, 64];
+        let shape = |q, kv, d| AttentionShape {
+            num_q_heads: q,
+            num_kv_heads: kv,
+            head_dim: d,
+            scale: 1.0 / (d as f32).sqrt(),
+            rope_theta: 1e6,
+            norm_eps: 1e-5,
+        };
+        for (shape, block_size) in [
+            (shape(4, 2, 64), 16),
+            (shape(6, 2, 32), 32),
+            (shape(2, 2, 16), 4),
+            (shape(4, 1, 8), 24),
+        ] {
+            for kv_dtype in self.options.kv.clone() {
+                self.attention_case(&shape, block_size, kv_dtype, &LENGTHS);
+            }
+        }
+    }
+
+    fn attention_case(&mut self, shape: &AttentionShape, block_size: usize, kv_dtype: DType, lengths: &[usize]) {
+        let (nq, nk, d) = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim);
+        let what = format!("attention {nq}/{nk} heads of {d}, blocks of {block_size}, KV {kv_dtype}");
+        let width = (nq + 2 * nk) * d;
+        let (qw, kw) = (self.rng.values(d), self.rng.values(d));
+        let (qt, kt) = (self.weight(&[d], &qw, DType::Bf16), self.weight(&[d], &kw, DType::Bf16));
+        let inputs: Vec<Vec<f32>> = lengths.iter().map(|n| self.rng.values(n * width)).collect();
+        let wants: Vec<Vec<f64>> = inputs
+            .iter()
+            .map(|x| reference_attention(x, &qw, &kw, shape, kv_dtype))
+            .collect();
+        let blocks = lengths.iter().max().map_or(1, |n| n.div_ceil(block_size));
+        let mut kv = self
+            .backend
+            .kv_cache(blocks * lengths.len(), block_size, shape, kv_dtype)
+            .expect("kv_cache");
+        let mut first: Option<Vec<Vec<f32>>> = None;
+        for steps in schedules(lengths) {
+            let mut outs: Vec<Vec<f32>> = vec![Vec::new(); lengths.len()];
+            for step in &steps {
+                let got = self.attention_step(
+                    step,
+                    &inputs,
+                    &qt,
+                    &kt,
+                    shape,
+                    lengths.len(),
+                    blocks,
+                    block_size,
+                    &mut kv,
+                );
+                let mut at = 0;
+                for p in step {
+                    outs[p.sequence].extend(&got[at..at + p.len * nq * d]);
+                    at += p.len * nq * d;
+                }
+            }
+            for (got, want) in outs.iter().zip(&wants) {
+                // 16-bit KV rounds values that differ in the last bit of f32 differently now and then.
+                let slack = if kv_dtype == DType::F32 { 1.0 } else { 50.0 };
+                let options = Options {
+                    tolerance: self.options.tolerance * slack,
+                    ..self.options.clone()
+                };
+                Suite {
+                    backend: &mut *self.backend,
+                    options: &options,
+                    rng: Rng(0),
+                }
+                .close(&what, got, want, nq * d);
+            }
+            match &first {
+                None => first = Some(outs),
+                Some(first) => first.iter().zip(&outs).for_each(|(a, b)| self.same(&what, b, a)),
+            }
+        }
+        // A replay reads the cache and writes none: with spoilt k and v in the replayed tokens the rest is unchanged.
+        let Some(first) = first else { return };
+        let (start, len, replay) = (100, 50, 12);
+        let mut spoilt = inputs.clone();
+        for t in start..start + replay {
+            spoilt[0][t * width + nq * d..(t + 1) * width].fill(3.0);
+        }
+        let step = [
+            Piece {
+                sequence: 0,
+                start,
+                len,
+                replay,
+                reset: true,
+            },
+            piece(1, 0, 1),
+        ];
+        let got = self.attention_step(
+            &step,
+            &spoilt,
+            &qt,
+            &kt,
+            shape,
+            lengths.len(),
+            blocks,
+            block_size,
+            &mut kv,
+        );
+        let want = &first[0][start * nq * d..(start + len) * nq * d];
+        self.same(&format!("{what}, replay"), &got[..len * nq * d], want);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one step's operands")]
+    fn attention_step(
+        &mut self,
+        step: &[Piece],
+        inputs: &[Vec<f32>],
+        q_norm: &B::Weight,
+        k_norm: &B::Weight,
+        shape: &AttentionShape,
+        sequences: usize,
+        blocks: usize,
+        block_size: usize,
+        kv: &mut B::KvCache,
+    ) -> Vec<f32> {
+        let width = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim;
+        let b = layout(step, sequences, blocks, block_size);
+        let tokens = b.num_tokens();
+        let mut batch = self.backend.batch(tokens, step.len(), blocks).expect("batch");
+        self.backend.set_batch(&mut batch, &b).expect("set_batch");
+        let x: Vec<f32> = step
+            .iter()
+            .flat_map(|p| inputs[p.sequence][p.start * width..(p.start + p.len) * width].to_vec())
+            .collect();
+        let mut qkv = self.tensor(tokens, width, &x);
+        let mut out = self.tensor(tokens, shape.num_q_heads * shape.head_dim, &[]);
+        self.backend
+            .qk_norm_rope_kv(&mut qkv, q_norm, k_norm, shape, &batch, kv)
+            .expect("qk_norm_rope_kv");
+        self.backend
+            .attention(&qkv, shape, &batch, kv, &mut out)
+            .expect("attention");
+        self.read(&out, tokens)
+    }
+
+    fn experts(&mut self) {
+        for (e, k, h, f, norm) in [
+            (8, 2, 48, 40, true),
+            (32, 4, 64, 24, true),
+            (4, 4, 33, 17, false),
+            (3, 1, 16, 16, true),
+        ] {
+            let shape = RouteShape {
+                num_experts: e,
+                experts_per_token: k,
+                norm_topk_prob: norm,
+                routed_scaling_factor: 1.5,
+            };
+            for dtype in self.options.weights.clone() {
+                for with_bias in [false, true] {
+                    self.experts_case(&shape, h, f, dtype, with_bias);
+                }
+            }
+        }
+    }
+
+    fn experts_case(&mut self, shape: &RouteShape, h: usize, f: usize, dtype: DType, with_bias: bool) {
+        let (e, k) = (shape.num_experts, shape.experts_per_token);
+        let rows = 40;
+        let x = self.rng.values(rows * h);
+        let gate = self.rng.values(e * h);
+        let bias: Vec<f32> = self.rng.values(e).iter().map(|b| b * 0.25).collect();
+        let w13: Vec<Vec<f32>> = (0..e).map(|_| self.rng.values(2 * f * h)).collect();
+        let w2: Vec<Vec<f32>> = (0..e).map(|_| self.rng.values(h * f)).collect();
+
+        let logits = matmul(&x, &gate, rows, h, e);
+        let mut want = vec![0.0f64; rows * h];
+        for t in 0..rows {
+            let scores: Vec<f64> = logits[t * e..][..e].iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect();
+            let selection = |i: usize| scores[i] + if with_bias { f64::from(bias[i]) } else { 0.0 };
+            let mut order: Vec<usize> = (0..e).collect();
+            order.sort_by(|&a, &b| selection(b).total_cmp(&selection(a)).then(a.cmp(&b)));
+            let sum: f64 = order[..k].iter().map(|&i| scores[i]).sum();
+            for &i in &order[..k] {
+                let weight = scores[i] * 1.5 / if shape.norm_topk_prob { sum + 1e-6 } else { 1.0 };
+                let gate_up = matmul(&x[t * h..][..h], &w13[i], 1, h, 2 * f);
+                let inner: Vec<f64> = (0..f).map(|j| silu(gate_up[j]) * gate_up[f + j]).collect();
+                for c in 0..h {
+                    let y: f64 = (0..f).map(|j| f64::from(w2[i][c * f + j]) * inner[j]).sum();
+                    want[t * h + c] += weight * y;
+                }
+            }
+        }
+
+        let gt = self.weight(&[e, h], &gate, dtype);
+        let bt = self.weight(&[e], &bias, DType::F32);
+        let split = f * h;
+        let pack = |v: &[f32]| bytes(dtype, v);
+        let w13_bytes: Vec<[Vec<u8>; 2]> = w13.iter().map(|w| [pack(&w[..split]), pack(&w[split..])]).collect();
+        let w2_bytes: Vec<Vec<u8>> = w2.iter().map(|w| pack(w)).collect();
+        let (up_shape, down_shape) = ([f, h], [h, f]);
+        let w13_parts: Vec<Vec<HostTensor<'_>>> = w13_bytes
+            .iter()
+            .map(|parts| {
+                parts
+                    .iter()
+                    .map(|data| HostTensor {
+                        dtype,
+                        shape: &up_shape,
+                        data,
+                    })
+                    .collect()
+            })
+            .collect();
+        let w2_parts: Vec<Vec<HostTensor<'_>>> = w2_bytes
+            .iter()
+            .map(|data| {
+                vec![HostTensor {
+                    dtype,
+                    shape: &down_shape,
+                    data,
+                }]
+            })
+            .collect();
+        let w13t = self.backend.weight_experts(&w13_parts, dtype).expect("weight_experts");
+        let w2t = self.backend.weight_experts(&w2_parts, dtype).expect("weight_experts");
+        let mut routing = self.backend.routing(rows, shape, h, f).expect("routing");
+        let mut whole = Vec::new();
+        for n in [rows, 17, 3, 1] {
+            let what = format!("moe {n} rows, {k} of {e} experts of {h} × {f}, {dtype}, bias {with_bias}");
+            let xt = self.tensor(n, h, &x[(rows - n) * h..]);
+            let mut out = self.tensor(n, h, &[]);
+            let bias = with_bias.then_some(&bt);
+            self.backend
+                .moe_route(&xt, n, &gt, bias, shape, &mut routing)
+                .expect("moe_route");
+            self.backend
+                .moe_experts(&xt, n, &w13t, &w2t, &mut routing, &mut out)
+                .expect("moe_experts");
+            let got = self.read(&out, n);
+            // Backends that multiply in bf16 round the inner activations.
+            let inner = if dtype == DType::Bf16 { 1e-2f64 } else { 0.0 };
+            let options = Options {
+                tolerance: self.options.tolerance.max(inner),
+                ..self.options.clone()
+            };
+            Suite {
+                backend: &mut *self.backend,
+                options: &options,
+                rng: Rng(0),
+            }
+            .close(&what, &got, &want[(rows - n) * h..], h);
+            if n == rows {
+                whole = got;
+            } else {
+                self.same(&what, &got, &whole[(rows - n) * h..]);
+            }
+        }
+    }
+
+    fn start(&mut self, sampler: &mut B::Sampler, slot: u32, params: SamplingParams, output: &[TokenId]) {
+        let started = StartedSlot {
+            slot,
+            sampling: Arc::new(params),
+            prompt: Arc::from([3, 5]),
+            output: output.to_vec(),
+        };
+        self.backend.start_slot(sampler, &started).expect("start_slot");
+    }
+
+    fn sample(
+        &mut self,
+        logits: &[f32],
+        vocab: usize,
+        sampler: &mut B::Sampler,
+        r: &[SampleRequest],
+    ) -> Vec<SampledToken> {
+        let mut lt = self
+            .backend
+            .tensor(logits.len() / vocab, vocab, DType::F32)
+            .expect("tensor");
+        self.backend.write(&mut lt, logits).expect("write");
+        self.backend.sample(&lt, r, sampler).expect("sample");
+        let mut out = Vec::new();
+        self.backend.sampled(sampler, &mut out).expect("sampled");
+        assert_eq!(out.len(), r.len(), "one token per request");
+        out
+    }
+
+    /// Deterministic consequences of each parameter.
+    fn sampling(&mut self) {
+        const V: usize = 1000;
+        let greedy = SamplingParams {
+            temperature: 0.0,
+            ..Default::default()
+        };
+        let mut logits: Vec<f32> = (0..V).map(|i| (i % 97) as f32 / 97.0).collect();
+        // Best to worst: 700, 3, 11, 12 (equal to 11), 5.
+        for (id, x) in [(700, 9.0), (3, 8.0), (11, 7.5), (12, 7.5), (5, 7.0)] {
+            logits[id] = x;
+        }
+        let mask = |ids: &[usize]| {
+            let mut words = vec![0u32; V.div_ceil(32)];
+            ids.iter().for_each(|id| words[id / 32] |= 1 << (id % 32));
+            Some(TokenMask(words.into()))
+        };
+        let with = |change: &dyn Fn(&mut SamplingParams)| {
+            let mut params = greedy.clone();
+            change(&mut params);
+            params
+        };
+        let cases: Vec<(&str, SamplingParams, &[TokenId], Option<TokenMask>, TokenId)> = vec![
+            ("greedy", greedy.clone(), &[], None, 700),
+            ("mask", greedy.clone(), &[], mask(&[12, 11, 5]), 11),
+            (
+                "allowed",
+                with(&|p| p.allowed_token_ids = Some(vec![5, 12])),
+                &[],
+                None,
+                12,
+            ),
+            (
+                "bad word",
+                with(&|p| p.bad_words = vec![vec![700], vec![9, 3]]),
+                &[9],
+                None,
+                11,
+            ),
+            (
+                "bad word, other prefix",
+                with(&|p| p.bad_words = vec![vec![700], vec![9, 3]]),
+                &[8],
+                None,
+                3,
+            ),
+            (
+                "bias",
+                with(&|p| p.logit_bias = vec![(700, -5.0), (5, 3.0)]),
+                &[],
+                None,
+                5,
+            ),
+            ("repetition", with(&|p| p.repetition_penalty = 2.0), &[700], None, 11),
+            ("presence", with(&|p| p.presence_penalty = 1.25), &[700, 700], None, 3),
+            ("frequency", with(&|p| p.frequency_penalty = 0.9), &[700, 700], None, 3),
+            (
+                "top-k 1",
+                with(&|p| (p.temperature, p.top_k) = (1.0, 1)),
+                &[],
+                None,
+                700,
+            ),
+            (
+                "top-p tiny",
+                with(&|p| (p.temperature, p.top_p) = (1.0, 1e-6)),
+                &[],
+                None,
+                700,
+            ),
+            (
+                "min-p 1",
+                with(&|p| (p.temperature, p.min_p) = (1.0, 1.0)),
+                &[],
+                None,
+                700,
+            ),
+            ("cold", with(&|p| p.temperature = 1e-4), &[], None, 700),
+            (
+                "min tokens",
+                with(&|p| (p.min_tokens, p.min_tokens_suppressed) = (3, vec![700, 3])),
+                &[1, 2],
+                None,
+                11,
+            ),
+            (
+                "min tokens reached",
+                with(&|p| (p.min_tokens, p.min_tokens_suppressed) = (2, vec![700])),
+                &[1, 2],
+                None,
+                700,
+            ),
+        ];
+        let mut sampler = self.backend.sampler(2, V, 2).expect("sampler");
+        for (name, params, output, mask, want) in cases {
+            self.start(&mut sampler, 1, params, output);
+            let request = SampleRequest {
+                logit_row: 0,
+                slot: 1,
+                output_index: output.len() as u32,
+                mask,
+            };
+            let got = self.sample(&logits, V, &mut sampler, &[request]);
+            assert_eq!((got[0].id, got[0].logprobs.is_some()), (want, false), "sample: {name}");
+        }
+
+        let params = SamplingParams {
+            logprobs: Some(3),
+            prompt_logprobs: Some(1),
+            temperature: 0.0,
+            ..greedy.clone()
+        };
+        self.start(&mut sampler, 0, params, &[]);
+        let request = SampleRequest {
+            logit_row: 0,
+            slot: 0,
+            output_index: 0,
+            mask: mask(&[12]),
+        };
+        let got = self.sample(&logits, V, &mut sampler, &[request]);
+        let total: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+        let logprob = |id: usize| (f64::from(logits[id]) - total.ln()) as f32;
+        let near = |a: f32, b: f32| assert!((a - b).abs() < 1e-4, "logprob {a}, not {b}");
+        let report = got[0].logprobs.as_ref().expect("logprobs were asked for");
+        assert_eq!((got[0].id, report.id), (12, 12));
+        // 700, 3, 11 and 12 itself are at least as likely.
+        assert_eq!(report.rank, 4);
+        near(report.logprob, logprob(12));
+        assert_eq!(report.top.iter().map(|t| t.0).collect::<Vec<_>>(), [700, 3, 11]);
+        report.top.iter().for_each(|&(id, p)| near(p, logprob(id as usize)));
+
+        let mut lt = self.backend.tensor(1, V, DType::F32).expect("tensor");
+        self.backend.write(&mut lt, &logits).expect("write");
+        let mut scores = Vec::new();
+        let request = ScoreRequest {
+            logit_row: 0,
+            slot: 0,
+            next_token: 5,
+        };
+        self.backend
+            .score(&lt, &[request], &mut sampler, &mut scores)
+            .expect("score");
+        assert_eq!((scores[0].id, scores[0].rank, scores[0].top.len()), (5, 5, 1));
+        near(scores[0].logprob, logprob(5));
+
+        // Processed: after temperature and top-k, over what is left.
+        let params = SamplingParams {
+            temperature: 0.5,
+            top_k: 2,
+            logprobs: Some(2),
+            logprobs_mode: LogprobsMode::ProcessedLogprobs,
+            ..greedy
+        };
+        self.start(&mut sampler, 0, params, &[]);
+        let request = SampleRequest {
+            logit_row: 0,
+            slot: 0,
+            output_index: 0,
+            mask: None,
+        };
+        let got = self.sample(&logits, V, &mut sampler, &[request]);
+        let report = got[0].logprobs.as_ref().expect("logprobs were asked for");
+        near(report.top[0].1, -(1.0f32 + (-2.0f32).exp()).ln());
+        near(report.top[1].1, -2.0 - (1.0f32 + (-2.0f32).exp()).ln());
+    }
+
+    /// Feedback, resumption, and independence of neighbours.
+    fn sampling_state(&mut self) {
+        const V: usize = 500;
+        let rows: Vec<f32> = self.rng.values(4 * V).iter().map(|x| x * 3.0).collect();
+        let params = |seed| SamplingParams {
+            seed,
+            top_p: 0.95,
+            ..Default::default()
+        };
+        let mut sampler = self.backend.sampler(4, V, 4).expect("sampler");
+        let request = |row: usize, slot, output_index| SampleRequest {
+            logit_row: row,
+            slot,
+            output_index,
+            mask: None,
+        };
+        (0..4).for_each(|slot| self.start(&mut sampler, slot, params(u64::from(slot) << 33 | 7), &[]));
+        let together: Vec<Vec<TokenId>> = (0..8)
+            .map(|i| {
+                let requests: Vec<_> = (0..4).map(|slot| request(slot as usize, slot, i)).collect();
+                self.sample(&rows, V, &mut sampler, &requests)
+                    .iter()
+                    .map(|s| s.id)
+                    .collect()
+            })
+            .collect();
+        assert!(
+            together.iter().any(|ids| *ids != together[0]),
+            "eight draws with different indices are all equal"
+        );
+        // Slot 2's sequence again, alone, in another slot and another row, resumed in the middle.
+        self.start(
+            &mut sampler,
+            0,
+            params(2 << 33 | 7),
+            &together.iter().take(3).map(|ids| ids[2]).collect::<Vec<_>>(),
+        );
+        let row = [&rows[..V], &rows[2 * V..3 * V]].concat();
+        for (i, ids) in together.iter().enumerate().skip(3) {
+            let got = self.sample(&row, V, &mut sampler, &[request(1, 0, i as u32)]);
+            assert_eq!(
+                got[0].id, ids[2],
+                "a draw depends on more than (seed, output index): draw {i}"
+            );
+        }
+
+        let table: Vec<f32> = (0..V * 2).map(|i| (i / 2 % 128) as f32).collect();
+        let wt = self.weight(&[V, 2], &table, DType::Bf16);
+        let mut b = layout(&[piece(3, 4, 1), piece(1, 0, 2), piece(0, 9, 1)], 4, 1, 16);
+        b.token_ids = vec![1, 2, 3, 4];
+        (b.feedback[0], b.feedback[2]) = (true, true);
+        let mut batch = self.backend.batch(4, 4, 1).expect("batch");
+        self.backend.set_batch(&mut batch, &b).expect("set_batch");
+        self.backend.feed_back(&mut batch, &sampler).expect("feed_back");
+        let mut x = self.tensor(4, 2, &[]);
+        self.backend.embed(&wt, &batch, &mut x).expect("embed");
+        let got = self.read(&x, 4);
+        let id = |t: u32| (t % 128) as f32;
+        assert_eq!(
+            [got[0], got[2], got[4], got[6]],
+            [id(together[7][3]), id(2), id(3), id(together[7][2])],
+            "feed_back"
+        );
+    }
+
+    /// What does not fit is an error, not a crash.
+    fn refusals(&mut self) {
+        let x = self.tensor(2, 16, &[0.5; 32]);
+        let mut out = self.tensor(2, 16, &[]);
+        let w = self.weight(&[16, 16], &[1.0; 256], DType::F32);
+        let wrong = self.weight(&[16, 8], &[1.0; 128], DType::F32);
+        assert!(
+            self.backend.linear(&x, 2, &wrong, None, &mut out).is_err(),
+            "linear took another width"
+        );
+        assert!(
+            self.backend.linear(&x, 3, &w, None, &mut out).is_err(),
+            "linear took more rows than there are"
+        );
+        let mut batch = self.backend.batch(2, 2, 1).expect("batch");
+        assert!(
+            self.backend
+                .set_batch(&mut batch, &layout(&[piece(0, 0, 3)], 1, 1, 16))
+                .is_err(),
+            "too many tokens"
+        );
+        let mut b = layout(&[piece(0, 0, 2)], 1, 1, 16);
+        b.positions.pop();
+        assert!(
+            self.backend.set_batch(&mut batch, &b).is_err(),
+            "set_batch took arrays of different lengths"
+        );
+        let mut sampler = self.backend.sampler(1, 16, 1).expect("sampler");
+        let request = SampleRequest {
+            logit_row: 0,
+            slot: 0,
+            output_index: 0,
+            mask: None,
+        };
+        assert!(
+            self.backend.sample(&x, &[request], &mut sampler).is_err(),
+            "sampled in a slot never started"
+        );
+    }
+}
+
+/// Causal attention over a whole sequence, `[n, (Nq + 2 Nk) D]` → `[n, Nq D]`.
+fn reference_attention(qkv: &[f32], qw: &[f32], kw: &[f32], shape: &AttentionShape, kv_dtype: DType) -> Vec<f64> {
+    let (nq, nk, d) = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim);
+    let width = (nq + 2 * nk) * d;
+    let n = qkv.len() / width;
+    let head = |t: usize, index: usize, weight: &[f32]| -> Vec<f64> {
+        let x: Vec<f64> = qkv[t * width + index * d..][..d]
+            .iter()
+            .map(|&v| f64::from(v))
+            .collect();
+        let scale = 1.0 / (x.iter().map(|v| v * v).sum::<f64>() / d as f64 + f64::from(shape.norm_eps)).sqrt();
+        let x: Vec<f64> = x.iter().zip(weight).map(|(v, &w)| v * scale * f64::from(w)).collect();
+        let mut y = vec![0.0; d];
+        for j in 0..d / 2 {
+            let angle = t as f64 / shape.rope_theta.powf(2.0 * j as f64 / d as f64);
+            y[j] = x[j] * angle.cos() - x[j + d / 2] * angle.sin();
+            y[j + d / 2] = x[j + d / 2] * angle.cos() + x[j] * angle.sin();
+        }
+        y
+    };
+    let stored = |x: f64| f64::from(round(kv_dtype, x as f32));
+    let k: Vec<Vec<Vec<f64>>> = (0..n)
+        .map(|t| {
+            (0..nk)
+                .map(|h| head(t, nq + h, kw).into_iter().map(stored).collect())
+                .collect()
+        })
+        .collect();
+    let mut out = Vec::with_capacity(n * nq * d);
+    for t in 0..n {
+        for h in 0..nq {
+            let q = head(t, h, qw);
+            let group = h / (nq / nk);
+            let score = |s: usize| q.iter().zip(&k[s][group]).map(|(a, b)| a * b).sum::<f64>() * f64::from(shape.scale);
+            let scores: Vec<f64> = (0..=t).map(score).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            for j in 0..d {
+                let v = |s: usize| stored(f64::from(qkv[s * width + (nq + nk + group) * d + j]));
+                out.push(weights.iter().enumerate().map(|(s, w)| w * v(s)).sum::<f64>() / total);
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::{CpuBackend, Isa};
+
+    #[test]
+    fn cpu_f32_on_every_instruction_set() {
+        for isa in [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16] {
+            conformance(&mut CpuBackend::with_isa(2, DType::F32, isa), &Options::new(2e-5));
+        }
+    }
+
+    #[test]
+    fn cpu_bf16_and_f16_activations() {
+        for dtype in [DType::Bf16, DType::F16] {
+            conformance(&mut CpuBackend::new(3, dtype), &Options::new(2e-5));
+        }
+    }
+
+    #[test]
+    fn cpu_large_products_cross_every_block_boundary() {
+        let mut options = Options::new(2e-5);
+        options.rows = vec![1, 5, 191, 192, 193, 400];
+        options.weights = vec![DType::Bf16, DType::F32];
+        let mut backend = CpuBackend::new(2, DType::F32);
+        Suite {
+            backend: &mut backend,
+            options: &options,
+            rng: Rng(9),
+        }
+        .linear();
+    }
+}
