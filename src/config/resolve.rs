@@ -1,12 +1,11 @@
 //! From what was typed to what it means, once: flags, environment, the checkpoint's files and the machine.
 
-use std::path::{Path, PathBuf};
-
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::args::{DeviceChoice, FingerprintMode, FrontendArgs, Machine, ModelArgs, ServeArgs};
 use super::environment::Environment;
+use super::files::Locator;
 use super::{
     CacheConfig, ChatConfig, Config, DeviceConfig, DeviceKind, GenerationDefaults, LoadFormat, ModelConfig, ModelFiles,
     ParserChoice, ServerConfig, VLLM_VERSION, checkpoint, limits,
@@ -126,15 +125,17 @@ fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError
     } else {
         LoadFormat::Safetensors
     };
-    let files = locate("model_tag", &name)?;
+    let locator = Locator::new(args, env)?;
+    let revision = flags.revision.as_deref();
+    let files = locator.locate("model_tag", &name, revision, load_format == LoadFormat::Safetensors)?;
     let tokenizer_files = match flags.tokenizer.as_deref() {
         None => files.clone(),
-        Some(tokenizer) => locate("--tokenizer", tokenizer)?,
+        Some(tokenizer) => locator.locate("--tokenizer", tokenizer, flags.tokenizer_revision.as_deref(), false)?,
     };
 
     let config_files = match flags.hf_config_path.as_deref() {
         None => files.clone(),
-        Some(path) => locate("--hf-config-path", path)?,
+        Some(path) => locator.locate("--hf-config-path", path, revision, false)?,
     };
     let mut hf_config = config_files
         .read_object("config.json")?
@@ -150,7 +151,7 @@ fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError
     let model_len = checkpoint::count(&hf_config, "max_position_embeddings", MAX_COUNT)?;
     let allow_longer = env.is_on("VLLM_ALLOW_LONG_MAX_MODEL_LEN");
     let (max_model_len, fit_max_model_len) = limits::max_model_len(flags.max_model_len, model_len, allow_longer)?;
-    let (generation_defaults, generation_eos) = generation(flags, &config_files, vocab_size)?;
+    let (generation_defaults, generation_eos) = generation(flags, &config_files, &locator, vocab_size)?;
     let own_eos = checkpoint::token_ids(
         "config.json",
         checkpoint::text_field(&hf_config, "eos_token_id"),
@@ -205,33 +206,17 @@ fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError
     })
 }
 
-/// The files behind a model name.
-fn locate(flag: &str, name: &str) -> Result<ModelFiles, ConfigError> {
-    let directory = expand_home(name);
-    if directory.is_dir() {
-        return Ok(ModelFiles::Directory(directory));
-    }
-    Err(ConfigError::new(flag, format!("{name} is no directory")))
-}
-
-/// `~/x` under HOME, as Python's `expanduser`.
-fn expand_home(path: &str) -> PathBuf {
-    match (path.strip_prefix("~/"), std::env::home_dir()) {
-        (Some(rest), Some(home)) => home.join(rest),
-        _ => Path::new(path).to_path_buf(),
-    }
-}
-
 /// Sampling defaults and the generation config's EOS ids. The ids are read even with `--generation-config vllm`.
 fn generation(
     flags: &ModelArgs,
     model: &ModelFiles,
+    locator: &Locator,
     vocab_size: usize,
 ) -> Result<(GenerationDefaults, Vec<u32>), ConfigError> {
     let file = "generation_config.json";
     let is_folder = !matches!(flags.generation_config.as_str(), "auto" | "vllm");
     let files = if is_folder {
-        locate("--generation-config", &flags.generation_config)?
+        locator.locate("--generation-config", &flags.generation_config, None, false)?
     } else {
         model.clone()
     };

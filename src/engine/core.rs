@@ -146,8 +146,8 @@ impl Core {
                 }
                 None => idle = true,
             }
-            self.answer_pauses();
             self.report();
+            self.answer_pauses();
             if self.drain_deadline.is_some() && self.clients.is_empty() && self.in_flight.is_empty() {
                 return Ok(());
             }
@@ -342,7 +342,9 @@ impl Core {
     fn deliver(&mut self, progress: Vec<Progress>) {
         let metrics = &self.shared.metrics.engine;
         let now = Instant::now();
-        let (mut num_prompt_tokens, num_generated) = (0, progress.len());
+        let num_generated = progress.len();
+        let mut num_prompt_tokens = 0;
+        metrics.generation_tokens.inc_by(num_generated as u64);
         for progress in progress {
             let Some(client) = self.clients.get_mut(&progress.id) else {
                 continue;
@@ -351,22 +353,24 @@ impl Core {
                 num_prompt_tokens += client.num_prompt_tokens;
             }
             client.note_token(metrics, now);
-            let finished_reason = progress.finish.as_ref().map(finished_reason);
-            client.sink.send(SequenceEvent {
+            let event = SequenceEvent {
                 tokens: vec![progress.token],
                 prompt_logprobs: progress.prompt_logprobs,
                 num_cached_tokens: progress.num_cached_tokens,
                 finish: progress.finish,
-            });
-            if let Some(reason) = finished_reason
-                && let Some(client) = self.clients.remove(&progress.id)
-            {
-                client.record(metrics, reason, now);
+            };
+            // The metrics come first: who has read the last event finds the request in them.
+            match event.finish.as_ref().map(finished_reason) {
+                None => client.sink.send(event),
+                Some(reason) => {
+                    client.record(metrics, reason, now);
+                    client.sink.send(event);
+                    self.clients.remove(&progress.id);
+                }
             }
         }
         self.stats.prompt_tokens += num_prompt_tokens as u64;
         self.stats.generation_tokens += num_generated as u64;
-        metrics.generation_tokens.inc_by(num_generated as u64);
         metrics
             .iteration_tokens
             .observe((num_prompt_tokens + num_generated) as f64);

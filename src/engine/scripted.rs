@@ -99,6 +99,8 @@ struct Pending {
     ticket: u64,
     plan: StepPlan,
     masks: Vec<Option<TokenMask>>,
+    /// A step before it failed.
+    lost: Option<ExecutorError>,
 }
 
 /// Steers an executor that the engine owns, and tells what it has done.
@@ -464,6 +466,7 @@ impl Executor for ScriptedExecutor {
             ticket,
             plan: plan.clone(),
             masks: vec![None; plan.rows.len()],
+            lost: None,
         });
         Ok(Ticket(ticket))
     }
@@ -480,13 +483,19 @@ impl Executor for ScriptedExecutor {
     }
 
     fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, ExecutorError> {
-        self.control.before_step()?;
+        let failure = self.control.before_step().err();
         let pending = self
             .pending
             .pop_front()
             .ok_or_else(|| bug("nothing is in flight".into()))?;
         if pending.ticket != ticket.0 {
             return Err(bug("tickets are collected out of order".into()));
+        }
+        if let Some(error) = failure.or(pending.lost.clone()) {
+            for later in &mut self.pending {
+                later.lost = Some(error.clone());
+            }
+            return Err(error);
         }
         let unmasked = pending
             .plan
