@@ -817,7 +817,8 @@ impl<B: Backend> Suite<'_, B> {
             change(&mut params);
             params
         };
-        let cases: Vec<(&str, SamplingParams, &[TokenId], Option<TokenMask>, TokenId)> = vec![
+        type Case<'a> = (&'a str, SamplingParams, &'a [TokenId], Option<TokenMask>, TokenId);
+        let cases: Vec<Case<'_>> = vec![
             ("greedy", greedy.clone(), &[], None, 700),
             ("mask", greedy.clone(), &[], mask(&[12, 11, 5]), 11),
             (

@@ -153,9 +153,10 @@ impl Backend for CpuBackend {
 
     fn describe(&self) -> String {
         format!(
-            "cpu: {} threads, {}; activations float32, {}",
+            "cpu: {} threads, {}; activations float32 (for {}), {}",
             self.pool.threads(),
             self.isa.name(),
+            self.activation_dtype,
             linear::describe(self.isa)
         )
     }
