@@ -118,7 +118,31 @@ pub struct BatchLayout {
     pub logit_tokens: Vec<u32>,
 }
 
+/// The slot of a padding row: it reads and writes no state.
+pub const PADDING_SLOT: u32 = u32::MAX;
+
 impl BatchLayout {
+    /// Whether every row is one token, whose logits are wanted: a decode step.
+    pub fn is_decode(&self) -> bool {
+        self.num_tokens() == self.num_rows() && self.logit_tokens.len() == self.num_rows()
+    }
+
+    /// Appends rows of one token that belong to nobody, up to `rows` in all, to a decode step.
+    pub fn pad_rows(&mut self, rows: usize) {
+        for row in self.num_rows()..rows {
+            self.token_ids.push(0);
+            self.positions.push(0);
+            self.slot_mapping.push(-1);
+            self.row_starts.push(row as u32 + 1);
+            self.context_lens.push(1);
+            self.block_tables.extend(std::iter::repeat_n(0, self.max_blocks));
+            self.slots.push(PADDING_SLOT);
+            self.reset_conv.push(true);
+            self.feedback.push(false);
+            self.logit_tokens.push(row as u32);
+        }
+    }
+
     pub fn num_tokens(&self) -> usize {
         self.token_ids.len()
     }
@@ -208,6 +232,25 @@ pub trait Backend: Send + 'static {
     fn read(&mut self, x: &Self::Tensor, rows: usize, out: &mut Vec<f32>) -> Result<()>;
     /// Copies host values into the first rows. For tests.
     fn write(&mut self, x: &mut Self::Tensor, values: &[f32]) -> Result<()>;
+
+    // ---- recording
+
+    /// Numbers of rows at which decode steps are recorded, ascending; the runner pads a step to the next. None: never.
+    fn graph_rows(&self) -> &[usize] {
+        &[]
+    }
+
+    /// Runs `body`: operations whose launches depend only on the sizes of `batch` and on `variant`. A backend may record
+    /// them once per size and replay the record, without `body`, when the sizes come again.
+    fn record(
+        &mut self,
+        batch: &mut Self::Batch,
+        variant: usize,
+        body: impl FnOnce(&mut Self, &mut Self::Batch) -> Result<()>,
+    ) -> Result<()> {
+        let _ = variant;
+        body(self, batch)
+    }
 
     // ---- operations
 

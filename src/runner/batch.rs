@@ -33,6 +33,11 @@ impl BatchBuilder {
         }
     }
 
+    /// Pads a decode step to `rows` rows; the plan's rows stay the first.
+    pub fn pad_rows(&mut self, rows: usize) {
+        self.layout.pad_rows(rows);
+    }
+
     /// The layout of the last plan.
     pub fn layout(&self) -> &BatchLayout {
         &self.layout

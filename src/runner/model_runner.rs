@@ -121,6 +121,11 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     fn run(&mut self, plan: &StepPlan, logits: usize, output: &mut StepOutput) -> Result<(), BackendError> {
+        let wants_scores = plan
+            .rows
+            .iter()
+            .any(|row| self.slots[row.slot as usize].wants_prompt_logprobs);
+        let record = self.pad_to_graph() && !wants_scores;
         let Parts {
             backend,
             model,
@@ -128,13 +133,22 @@ impl<B: Backend> ModelRunner<B> {
             cache,
             batch,
             sampler,
+            logits: buffers,
             ..
         } = &mut self.parts;
-        backend.set_batch(batch, self.builder.layout())?;
-        if self.builder.layout().feedback.contains(&true) {
+        let layout = self.builder.layout();
+        backend.set_batch(batch, layout)?;
+        if layout.feedback.contains(&true) {
             backend.feed_back(batch, sampler)?;
         }
-        model.forward(backend, batch, self.builder.layout().num_tokens(), workspace, cache)?;
+        if record {
+            let rows = layout.num_rows();
+            return backend.record(batch, logits, |backend, batch| {
+                model.forward(backend, batch, rows, workspace, cache)?;
+                model.logits(backend, batch, rows, workspace, &mut buffers[logits])
+            });
+        }
+        model.forward(backend, batch, layout.num_tokens(), workspace, cache)?;
 
         self.collect_scores(plan);
         if !self.scores.is_empty() {
@@ -153,6 +167,23 @@ impl<B: Backend> ModelRunner<B> {
             model.logits(backend, batch, rows, workspace, &mut buffers[logits])?;
         }
         Ok(())
+    }
+
+    /// Pads a decode step to the next number of rows that the backend records; false where it records none.
+    fn pad_to_graph(&mut self) -> bool {
+        let layout = self.builder.layout();
+        if !layout.is_decode() {
+            return false;
+        }
+        let rows = layout.num_rows();
+        let padded = self.parts.backend.graph_rows().iter().copied().find(|&n| n >= rows);
+        match padded {
+            Some(padded) if padded <= self.capacity.max_num_seqs => {
+                self.builder.pad_rows(padded);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Finds the prompt tokens whose log-probabilities are wanted: plan row, token in the step, request.

@@ -39,12 +39,12 @@ pub struct CudaBatch {
     pub rows: usize,
     pub pieces: usize,
     pub logit_rows: usize,
-    /// Columns of the uploaded block tables.
+    /// Columns of the uploaded block tables, a power of two.
     pub max_blocks: usize,
     pub any_prefill: bool,
     pub any_decode: bool,
     pub any_feedback: bool,
-    /// Splits of the longest decode row.
+    /// Splits of the longest decode row, rounded up to a power of two.
     pub max_splits: usize,
     /// Context tokens per split: `SPLIT_TOKENS`, doubled as often as it takes to fit the partial results' buffer.
     pub split_tokens: usize,
@@ -77,7 +77,7 @@ impl CudaBatch {
             logit_tokens: take(max_tokens * 4),
             piece_row: take(max_pieces * 4),
             piece_start: take(max_pieces * 4),
-            block_tables: take(max_rows * max_blocks_per_row * 4),
+            block_tables: take(max_rows * max_blocks_per_row.next_power_of_two() * 4),
         };
         let staging = (0..RING)
             .map(|_| Ok((Pinned::new(device, end)?, Event::new(device)?)))
@@ -145,7 +145,17 @@ impl CudaBatch {
         fill(bytes, at.reset_conv, &layout.reset_conv, |b| [u8::from(b)]);
         fill(bytes, at.feedback, &layout.feedback, |b| [u8::from(b)]);
         fill(bytes, at.logit_tokens, &layout.logit_tokens, u32::to_le_bytes);
-        fill(bytes, at.block_tables, &layout.block_tables, u32::to_le_bytes);
+        // Sizes that kernels are launched with come in powers of two, so that few records of a step serve every context.
+        self.max_blocks = layout.max_blocks.max(1).next_power_of_two();
+        for row in 0..rows {
+            let table = &layout.block_tables[row * layout.max_blocks..][..layout.max_blocks];
+            fill(
+                bytes,
+                at.block_tables + row * self.max_blocks * 4,
+                table,
+                u32::to_le_bytes,
+            );
+        }
 
         let (mut pieces, mut longest) = (0, 1);
         self.any_prefill = false;
@@ -154,6 +164,7 @@ impl CudaBatch {
             let (from, to) = (layout.row_starts[row] as usize, layout.row_starts[row + 1] as usize);
             if to - from == 1 {
                 self.any_decode = true;
+                // Padding rows have a context of one token.
                 longest = longest.max(layout.context_lens[row] as usize);
             } else {
                 self.any_prefill = true;
@@ -166,7 +177,7 @@ impl CudaBatch {
         }
         self.split_tokens = SPLIT_TOKENS;
         loop {
-            self.max_splits = longest.div_ceil(self.split_tokens);
+            self.max_splits = longest.div_ceil(self.split_tokens).next_power_of_two();
             if rows * self.max_splits <= split_room.max(rows) {
                 break;
             }
@@ -177,9 +188,7 @@ impl CudaBatch {
         self.rows = rows;
         self.pieces = pieces;
         self.logit_rows = layout.logit_tokens.len();
-        self.max_blocks = layout.max_blocks;
-
-        let used = at.block_tables + layout.block_tables.len() * 4;
+        let used = at.block_tables + rows * self.max_blocks * 4;
         staging.send(0, used, self.memory.address, "set_batch")?;
         event.record(device)?;
         self.next += 1;

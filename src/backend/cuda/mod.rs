@@ -9,9 +9,10 @@ mod linear;
 mod moe;
 mod sampler;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use driver::{Address, Arg, Device, Function, Memory};
+use driver::{Address, Arg, Device, Function, Graph, Memory};
 
 use crate::backend::{
     AttentionShape, Backend, BackendError, BatchLayout, DType, HostTensor, Result, RouteShape, SampleRequest,
@@ -90,9 +91,27 @@ pub struct CudaBackend {
     split_arrived: Memory,
     /// `[splits, Nq, 66]` f32 partial results of decode attention.
     attention_partial: Option<Memory>,
+    /// Recorded decode steps by what their launches depend on; none with `--enforce-eager`.
+    graphs: Option<HashMap<GraphKey, Graph>>,
     /// `Σ` over decode rows of their splits that `attention_partial` has room for.
     attention_splits: usize,
 }
+
+/// Everything that a decode step's launches depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct GraphKey {
+    rows: usize,
+    max_blocks: usize,
+    max_splits: usize,
+    split_tokens: usize,
+    variant: usize,
+}
+
+/// Dense where a padded row costs most.
+const GRAPH_ROWS: &[usize] = &[
+    1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320,
+    384, 448, 512, 640, 768, 896, 1024,
+];
 
 const SPLIT_PARTIAL_BYTES: usize = 64 << 20;
 const SPLIT_TILES: usize = 16 << 10;
@@ -100,7 +119,7 @@ const SPLIT_TILES: usize = 16 << 10;
 impl CudaBackend {
     /// # Errors
     /// No driver, no such device, compute capability below 8.0, or an activation type that is not 2 bytes.
-    pub fn new(ordinal: usize, dtype: DType) -> Result<CudaBackend> {
+    pub fn new(ordinal: usize, dtype: DType, enforce_eager: bool) -> Result<CudaBackend> {
         let suffix = match dtype {
             DType::Bf16 => "bf16",
             DType::F16 => "f16",
@@ -122,6 +141,7 @@ impl CudaBackend {
             suffix,
             inverse_frequency: None,
             attention_partial: None,
+            graphs: (!enforce_eager).then(HashMap::new),
             attention_splits: 0,
         })
     }
@@ -437,6 +457,38 @@ impl Backend for CudaBackend {
             data: &raw,
         };
         x.memory.upload(0, &convert(&host, x.dtype), "write")
+    }
+
+    fn graph_rows(&self) -> &[usize] {
+        if self.graphs.is_some() { GRAPH_ROWS } else { &[] }
+    }
+
+    fn record(
+        &mut self,
+        batch: &mut CudaBatch,
+        variant: usize,
+        body: impl FnOnce(&mut Self, &mut CudaBatch) -> Result<()>,
+    ) -> Result<()> {
+        let key = GraphKey {
+            rows: batch.rows,
+            max_blocks: batch.max_blocks,
+            max_splits: batch.max_splits,
+            split_tokens: batch.split_tokens,
+            variant,
+        };
+        let device = self.device.clone();
+        if let Some(graph) = self.graphs.as_ref().and_then(|graphs| graphs.get(&key)) {
+            return device.replay(graph);
+        }
+        if self.graphs.is_none() {
+            return body(self, batch);
+        }
+        let graph = device.capture(|| body(self, batch))?;
+        device.replay(&graph)?;
+        if let Some(graphs) = &mut self.graphs {
+            graphs.insert(key, graph);
+        }
+        Ok(())
     }
 
     fn embed(&mut self, table: &CudaWeight, batch: &CudaBatch, out: &mut CudaTensor) -> Result<()> {
@@ -812,7 +864,7 @@ mod tests {
             options.batch_invariant = false;
             options.rows = vec![1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 130, 200, 512];
             options.shapes = Shapes::aligned();
-            conformance(&mut CudaBackend::new(0, dtype).expect("a device"), &options);
+            conformance(&mut CudaBackend::new(0, dtype, true).expect("a device"), &options);
         }
     }
 }
