@@ -84,3 +84,55 @@ fn row(flag: &Flag) -> String {
 fn cell(text: &str) -> String {
     text.replace('|', "\\|")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/compatibility.md");
+
+    /// The part of the file that is made here.
+    fn written() -> Option<String> {
+        let text = std::fs::read_to_string(PATH).ok()?;
+        let from = text.find(BEGIN)?;
+        let to = from + text[from..].find(END)? + END.len();
+        Some(text[from..to].to_owned())
+    }
+
+    #[test]
+    fn the_document_is_up_to_date() {
+        let message = "docs/compatibility.md is stale: cargo test --lib write_the_document -- --ignored";
+        assert!(written().as_deref() == Some(&flags_markdown()), "{message}");
+    }
+
+    #[test]
+    #[ignore = "writes docs/compatibility.md"]
+    fn write_the_document() {
+        let text = std::fs::read_to_string(PATH).unwrap_or_else(|_| "# Compatibility with vLLM\n\n".into());
+        let new = match written() {
+            Some(old) => text.replace(&old, &flags_markdown()),
+            None => text + &flags_markdown(),
+        };
+        std::fs::write(PATH, new).unwrap();
+    }
+
+    #[test]
+    fn every_flag_has_a_row() {
+        let text = flags_markdown();
+        for flag in &TABLE.serve {
+            assert!(
+                flag.flags
+                    .iter()
+                    .all(|spelling| text.contains(&format!("`{spelling}`"))),
+                "{}",
+                flag.name()
+            );
+        }
+        assert!(
+            TABLE
+                .legacy
+                .iter()
+                .all(|legacy| text.contains(&format!("| `{}` |", legacy.flag)))
+        );
+    }
+}

@@ -9,6 +9,8 @@ pub mod compatibility;
 mod config_file;
 mod help;
 mod normalize;
+#[cfg(test)]
+mod resolution_tests;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -174,6 +176,7 @@ fn serve_args(
         logging: values.group()?,
         vllm: values.group()?,
         device: normalized.device,
+        dry_run: normalized.dry_run,
         notices: all_notices,
     };
     check(&args)?;

@@ -24,6 +24,7 @@ pub struct Normalized {
     pub occurrences: Vec<Occurrence>,
     pub positionals: Vec<String>,
     pub device: DeviceChoice,
+    pub dry_run: bool,
     pub notices: Vec<Notice>,
     /// `--help` (`Some("")`) or `--help=filter`; nothing after it was read.
     pub help: Option<String>,
@@ -47,6 +48,7 @@ impl Normalized {
         let new: Vec<Occurrence> = new.collect();
         self.occurrences.extend(new);
         self.notices.extend(other.notices);
+        self.dry_run |= other.dry_run;
         if self.device == DeviceChoice::Auto {
             self.device = other.device;
         }
@@ -75,6 +77,10 @@ impl Normalized {
             ))),
             Verdict::Accepted => {
                 self.notices.push(Notice::Info(format!("{flag} has no effect: {text}")));
+                Ok(())
+            }
+            Verdict::Honoured if flag == "--dry-run" => {
+                self.dry_run = true;
                 Ok(())
             }
             Verdict::Honoured => {

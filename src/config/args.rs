@@ -27,6 +27,8 @@ pub struct ServeArgs {
     pub logging: LoggingArgs,
     pub vllm: VllmArgs,
     pub device: DeviceChoice,
+    /// `--dry-run`: decide, print, stop.
+    pub dry_run: bool,
     /// What the command line said that has no effect or is deprecated; one log line each.
     pub notices: Vec<Notice>,
 }

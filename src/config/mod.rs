@@ -30,6 +30,58 @@ pub struct Config {
     pub device: DeviceConfig,
 }
 
+impl Config {
+    /// What was decided, a line each, without secrets: for logs and `--dry-run`.
+    pub fn summary(&self) -> String {
+        let Self {
+            model,
+            cache,
+            scheduler,
+            chat,
+            server,
+            device,
+        } = self;
+        let lines = [
+            ("model", model.name.clone()),
+            ("served as", model.served_names.join(", ")),
+            ("device", format!("{:?}, {} threads", device.kind, device.threads)),
+            ("dtype", model.dtype.to_string()),
+            ("context", format!("{} tokens", model.max_model_len)),
+            (
+                "EOS",
+                format!("{:?} and {:?}", model.eos_token_id, model.extra_eos_token_ids),
+            ),
+            ("sampling defaults", format!("{:?}", model.generation_defaults)),
+            ("KV cache", format!("{cache:?}")),
+            ("scheduler", format!("{scheduler:?}")),
+            (
+                "chat template",
+                chat.template
+                    .as_ref()
+                    .map_or("none".into(), |t| format!("{} bytes", t.len())),
+            ),
+            (
+                "parsers",
+                format!("reasoning {:?}, tools {:?}", chat.reasoning_parser, chat.tool_parser),
+            ),
+            (
+                "address",
+                format!(
+                    "{}:{}{}",
+                    server.host.as_deref().unwrap_or("0.0.0.0"),
+                    server.port,
+                    server.root_path
+                ),
+            ),
+            ("API keys", server.api_keys.len().to_string()),
+        ];
+        lines
+            .iter()
+            .map(|(name, value)| format!("{name:<18} {value}\n"))
+            .collect()
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
     /// As the user wrote it: a hub id, a directory or `demo`.
