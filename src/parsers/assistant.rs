@@ -175,3 +175,6 @@ impl AssistantParser {
         parts
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,16 +17,36 @@ pub(super) enum Hit {
 
 /// Looks for the markers, all of which begin with `<`. Linear in the text.
 pub(super) fn find(text: &str, markers: &[&str]) -> Hit {
+    if markers.is_empty() {
+        return Hit::Nothing;
+    }
+    let mut found = Hit::Nothing;
     for (at, _) in text.match_indices('<') {
         let rest = &text[at..];
         if let Some(which) = markers.iter().position(|marker| rest.starts_with(marker)) {
-            return Hit::Marker { which, at };
+            found = Hit::Marker { which, at };
+            break;
         }
         if markers.iter().any(|marker| marker.starts_with(rest)) {
-            return Hit::Partial { at };
+            found = Hit::Partial { at };
+            break;
         }
     }
-    Hit::Nothing
+    #[cfg(test)]
+    SCANNED.with(|scanned| {
+        let read = match found {
+            Hit::Marker { which, at } => at + markers[which].len(),
+            Hit::Partial { .. } | Hit::Nothing => text.len(),
+        };
+        scanned.set(scanned.get() + read);
+    });
+    found
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Bytes looked at on this thread: the measure of the work done.
+    pub(super) static SCANNED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
 #[cfg(test)]

@@ -102,3 +102,73 @@ impl Parsers {
         AssistantParser::new(reasoning, tool, turn.parallel_tool_calls)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEMPLATE: &str = "{%- if '</think>' in content -%}";
+
+    fn vocabulary<'a>(tokens: &'a [&'a str]) -> impl Fn(&str) -> Option<u32> + 'a {
+        |text| {
+            tokens
+                .iter()
+                .zip(0..)
+                .find_map(|(token, id)| (*token == text).then_some(id))
+        }
+    }
+
+    fn names(parsers: Parsers) -> (Option<&'static str>, Option<&'static str>) {
+        (
+            parsers.reasoning.map(|entry| entry.name),
+            parsers.tool.map(|entry| entry.name),
+        )
+    }
+
+    #[test]
+    fn without_flags_the_checkpoint_decides() {
+        let full = ["<think>", "</think>", "<|tool_call_start|>", "<|tool_call_end|>"];
+        let resolve = |template: &str, tokens: &[&str]| {
+            names(Parsers::resolve(None, None, template, &vocabulary(tokens)).unwrap())
+        };
+        assert_eq!(resolve(TEMPLATE, &full), (Some("qwen3"), Some("lfm2")));
+        assert_eq!(resolve("{{ enable_thinking }}", &full[..2]), (Some("qwen3"), None));
+        // The vocabulary reserves the markers, but this checkpoint's template knows nothing of them.
+        assert_eq!(resolve("{{ messages }}", &full), (None, Some("lfm2")));
+        assert_eq!(resolve(TEMPLATE, &full[2..]), (None, Some("lfm2")));
+        assert_eq!(resolve(TEMPLATE, &full[..3]), (Some("qwen3"), None));
+        assert_eq!(resolve(TEMPLATE, &[]), (None, None));
+    }
+
+    #[test]
+    fn flags_override_the_checkpoint() {
+        let tokens = ["<think>", "</think>", "<|tool_call_start|>", "<|tool_call_end|>"];
+        let resolve = |reasoning, tool, tokens: &[&str]| {
+            Parsers::resolve(reasoning, tool, TEMPLATE, &vocabulary(tokens)).map(names)
+        };
+        assert_eq!(resolve(Some("none"), Some("none"), &tokens), Ok((None, None)));
+        assert_eq!(resolve(Some("qwen3"), Some("none"), &[]), Ok((Some("qwen3"), None)));
+        assert_eq!(
+            resolve(Some("glm"), None, &tokens).unwrap_err().to_string(),
+            "--reasoning-parser: there is no parser \"glm\"; known are qwen3, none"
+        );
+        assert_eq!(
+            resolve(None, Some("hermes"), &tokens).unwrap_err().to_string(),
+            "--tool-call-parser: there is no parser \"hermes\"; known are lfm2, none"
+        );
+        assert_eq!(
+            resolve(None, Some("lfm2"), &tokens[..3]).unwrap_err().to_string(),
+            "--tool-call-parser lfm2: the tokenizer has no token <|tool_call_end|>"
+        );
+    }
+
+    #[test]
+    fn special_tokens_are_needed_where_a_parser_reads_them() {
+        let tokens = ["<think>", "</think>", "<|tool_call_start|>", "<|tool_call_end|>"];
+        let resolve = |reasoning, tool| Parsers::resolve(reasoning, tool, TEMPLATE, &vocabulary(&tokens)).unwrap();
+        assert!(resolve(Some("qwen3"), Some("none")).needs_special_tokens(false));
+        assert!(resolve(Some("none"), Some("lfm2")).needs_special_tokens(true));
+        assert!(!resolve(Some("none"), Some("lfm2")).needs_special_tokens(false));
+        assert!(!resolve(Some("none"), Some("none")).needs_special_tokens(true));
+    }
+}

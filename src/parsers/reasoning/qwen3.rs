@@ -91,30 +91,30 @@ fn closes_reasoning(prompt: &Prompt<'_>, token: TokenLookup<'_>) -> bool {
 
 impl Qwen3 {
     fn scan(&mut self, text: &str, out: &mut Vec<Segment>) {
-        let mut text = std::mem::take(&mut self.held) + text;
-        while !text.is_empty() {
+        let text = std::mem::take(&mut self.held) + text;
+        let mut rest = text.as_str();
+        loop {
             let active: Vec<usize> = (0..MARKERS.len()).filter(|&which| self.is_active(which)).collect();
             let names: Vec<&str> = active.iter().map(|&which| MARKERS[which]).collect();
-            match marker::find(&text, &names) {
+            match marker::find(rest, &names) {
                 Hit::Marker { which, at } => {
                     let which = active[which];
-                    let mut rest = text.split_off(at);
-                    self.send(text, out);
+                    self.send(&rest[..at], out);
                     self.markers[which].outstanding = self.markers[which].outstanding.saturating_sub(1);
                     if MARKERS[which] != START {
                         self.state = State::Content;
                     }
                     if MARKERS[which] == TOOL_CALL {
-                        self.send(TOOL_CALL.to_owned(), out);
+                        self.send(TOOL_CALL, out);
                     }
-                    rest.drain(..MARKERS[which].len());
-                    text = rest;
+                    rest = &rest[at + MARKERS[which].len()..];
                 }
                 Hit::Partial { at } => {
-                    self.held = text.split_off(at);
-                    self.send(std::mem::take(&mut text), out);
+                    self.send(&rest[..at], out);
+                    self.held = rest[at..].to_owned();
+                    return;
                 }
-                Hit::Nothing => self.send(std::mem::take(&mut text), out),
+                Hit::Nothing => return self.send(rest, out),
             }
         }
     }
@@ -128,11 +128,11 @@ impl Qwen3 {
         by_state && (self.markers[which].id.is_none() || self.markers[which].outstanding > 0)
     }
 
-    fn send(&self, text: String, out: &mut Vec<Segment>) {
+    fn send(&self, text: &str, out: &mut Vec<Segment>) {
         if !text.is_empty() {
             out.push(match self.state {
-                State::Reasoning => Segment::Reasoning(text),
-                State::Content | State::Off => Segment::Content(text),
+                State::Reasoning => Segment::Reasoning(text.to_owned()),
+                State::Content | State::Off => Segment::Content(text.to_owned()),
             });
         }
     }
@@ -156,7 +156,7 @@ impl ReasoningParser for Qwen3 {
 
     fn finish(&mut self, out: &mut Vec<Segment>) {
         let held = std::mem::take(&mut self.held);
-        self.send(held, out);
+        self.send(&held, out);
     }
 
     fn reasoning_tokens(&self) -> usize {

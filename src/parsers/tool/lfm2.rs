@@ -18,7 +18,7 @@ pub(super) const TOKENS: &[&str] = &[START, END];
 #[derive(Default)]
 struct Lfm2 {
     state: State,
-    /// Text not looked at to its end: the possible beginning of a marker, or white space before a possible echo.
+    /// The possible beginning of a marker.
     pending: String,
 }
 
@@ -27,8 +27,8 @@ enum State {
     #[default]
     Before,
     Block(Box<Block>),
-    /// Directly behind a block or an echo.
-    Behind,
+    /// Directly behind a block or an echo, with the white space there.
+    Behind(String),
     /// In the text after it.
     After,
     /// In what may be an echo, all of it.
@@ -83,17 +83,24 @@ impl Block {
             return State::Plain;
         };
         // All sent, unless the block could be read only with its end known.
-        if self.sent.len() < calls.len() || self.list.has_failed() {
-            for (index, call) in calls.iter().enumerate() {
+        for (index, call) in calls.iter().enumerate() {
+            let sent = self.sent.get(index).copied().unwrap_or(0);
+            let shown = self
+                .list
+                .calls()
+                .get(index)
+                .and_then(|shown| shown.settled().get(..sent))
+                .unwrap_or("");
+            if call.arguments.starts_with(shown) {
                 send_call(&mut self.sent, index, &call.name, &call.arguments, out);
             }
         }
         out.push(AssistantDelta::ToolBlock(ToolBlock::Calls(calls)));
-        State::Behind
+        State::Behind(String::new())
     }
 }
 
-/// Sends the part of `arguments` that is new; nothing when they contradict what was sent.
+/// Sends the part of `arguments` that is new.
 fn send_call(sent: &mut Vec<usize>, index: usize, name: &str, arguments: &str, out: &mut Vec<AssistantDelta>) {
     if index == sent.len() {
         sent.push(0);
@@ -119,114 +126,84 @@ fn send_content(text: impl Into<String>, out: &mut Vec<AssistantDelta>) {
 }
 
 impl Lfm2 {
-    /// Advances over `pending` once; false when more text is needed.
-    fn step(&mut self, out: &mut Vec<AssistantDelta>) -> bool {
-        if self.pending.is_empty() {
-            return false;
-        }
-        match std::mem::take(&mut self.state) {
-            State::Before => match self.cut_at(&[START]) {
-                Cut::Marker { before, .. } => {
-                    send_content(before, out);
-                    self.state = State::Block(Box::default());
-                    true
+    /// Takes a part of `text`; true when what is left of it can be understood without more text.
+    fn step<'a>(&mut self, text: &'a str, out: &mut Vec<AssistantDelta>) -> (&'a str, bool) {
+        let markers: &[&str] = match self.state {
+            State::Before => &[START],
+            State::Block(_) | State::Echo(_) => &[END],
+            State::After => &[START, END],
+            State::Behind(_) | State::Plain => &[],
+        };
+        let (certain, marker, behind) = match marker::find(text, markers) {
+            Hit::Marker { which, at } => (&text[..at], Some(markers[which]), &text[at + markers[which].len()..]),
+            Hit::Partial { at } => (&text[..at], None, &text[at..]),
+            Hit::Nothing => (text, None, ""),
+        };
+        let (mut rest, mut go_on) = (behind, marker.is_some());
+        self.state = match std::mem::take(&mut self.state) {
+            State::Before => {
+                send_content(certain, out);
+                if marker.is_some() {
+                    State::Block(Box::default())
+                } else {
+                    State::Before
                 }
-                Cut::None { certain } => {
-                    send_content(certain, out);
-                    false
-                }
-            },
-            State::Block(mut block) => match self.cut_at(&[END]) {
-                Cut::Marker { before, .. } => {
-                    block.push(&before);
-                    block.progress(out);
-                    self.state = block.end(true, out);
-                    true
-                }
-                Cut::None { certain } => {
-                    block.push(&certain);
-                    block.progress(out);
-                    self.state = State::Block(block);
-                    false
-                }
-            },
-            State::Behind => {
-                let text = self.pending.trim_start();
-                let undecided = text.is_empty() || START.starts_with(text) || END.starts_with(text);
-                let echo = text.starts_with('[') || text.starts_with(START);
-                self.state = match (undecided && text != START, echo) {
-                    (true, _) => State::Behind,
-                    (false, true) => State::Echo(String::new()),
-                    (false, false) => State::After,
-                };
-                !matches!(self.state, State::Behind)
             }
-            State::After => match self.cut_at(&[START, END]) {
-                Cut::Marker { before, which } => {
-                    send_content(before, out);
-                    self.state = if which == 0 {
-                        State::Echo(START.to_owned())
-                    } else {
-                        State::Behind
-                    };
-                    true
+            State::Block(mut block) => {
+                block.push(certain);
+                block.progress(out);
+                if marker.is_some() {
+                    block.end(true, out)
+                } else {
+                    State::Block(block)
                 }
-                Cut::None { certain } => {
-                    send_content(certain, out);
-                    self.state = State::After;
-                    false
+            }
+            State::Behind(mut blank) => {
+                rest = text.trim_start();
+                blank.push_str(&text[..text.len() - rest.len()]);
+                let is_beginning = |marker: &str| rest.len() < marker.len() && marker.starts_with(rest);
+                go_on = !is_beginning(START) && !is_beginning(END);
+                if !go_on {
+                    State::Behind(blank)
+                } else if rest.starts_with('[') || rest.starts_with(START) {
+                    State::Echo(blank)
+                } else {
+                    send_content(blank, out);
+                    State::After
                 }
-            },
-            State::Echo(mut held) => match self.cut_at(&[END]) {
-                Cut::Marker { .. } => {
-                    self.state = State::Behind;
-                    true
+            }
+            State::After => {
+                send_content(certain, out);
+                match marker {
+                    Some(START) => State::Echo(START.to_owned()),
+                    Some(_) => State::Behind(String::new()),
+                    None => State::After,
                 }
-                Cut::None { certain } => {
-                    held.push_str(&certain);
-                    self.state = State::Echo(held);
-                    false
+            }
+            State::Echo(mut held) => match marker {
+                Some(_) => State::Behind(String::new()),
+                None => {
+                    held.push_str(certain);
+                    State::Echo(held)
                 }
             },
             State::Plain => {
-                self.state = State::Plain;
-                send_content(std::mem::take(&mut self.pending), out);
-                false
+                send_content(text, out);
+                State::Plain
             }
-        }
+        };
+        (rest, go_on && !rest.is_empty())
     }
-
-    /// Takes the text up to the first marker and the marker, or what is certainly before one.
-    fn cut_at(&mut self, markers: &[&str]) -> Cut {
-        match marker::find(&self.pending, markers) {
-            Hit::Marker { which, at } => {
-                let rest = self.pending.split_off(at + markers[which].len());
-                let mut before = std::mem::replace(&mut self.pending, rest);
-                before.truncate(at);
-                Cut::Marker { before, which }
-            }
-            Hit::Partial { at } => {
-                let rest = self.pending.split_off(at);
-                Cut::None {
-                    certain: std::mem::replace(&mut self.pending, rest),
-                }
-            }
-            Hit::Nothing => Cut::None {
-                certain: std::mem::take(&mut self.pending),
-            },
-        }
-    }
-}
-
-enum Cut {
-    Marker { before: String, which: usize },
-    None { certain: String },
 }
 
 impl ToolParser for Lfm2 {
     fn push(&mut self, text: &str, out: &mut Vec<AssistantDelta>) {
-        self.pending.push_str(text);
-        while self.step(out) {}
+        let text = std::mem::take(&mut self.pending) + text;
+        let (mut rest, mut go_on) = (text.as_str(), !text.is_empty());
+        while go_on {
+            (rest, go_on) = self.step(rest, out);
+        }
+        self.pending = rest.to_owned();
     }
 
     fn finish(&mut self, out: &mut Vec<AssistantDelta>) {
@@ -237,7 +214,7 @@ impl ToolParser for Lfm2 {
                 block.progress(out);
                 self.state = block.end(false, out);
             }
-            State::Echo(held) => send_content(held + &rest, out),
+            State::Echo(held) | State::Behind(held) => send_content(held + &rest, out),
             _ => send_content(rest, out),
         }
     }
