@@ -13,6 +13,8 @@ use crate::step::{LogprobsMode, SampledToken, SamplingParams, StartedSlot, Token
 pub struct Options {
     /// Types of matrices to test.
     pub weights: Vec<DType>,
+    /// Type of norms, taps and biases.
+    pub vectors: DType,
     /// Types of KV to test.
     pub kv: Vec<DType>,
     /// Largest difference, as a share of the largest magnitude in the same row: about 1e-4 for f32 activations, 2e-2 for
@@ -22,16 +24,75 @@ pub struct Options {
     pub batch_invariant: bool,
     /// Rows of the matrix products.
     pub rows: Vec<usize>,
+    /// Sizes to test.
+    pub shapes: Shapes,
+}
+
+/// Sizes of the operands. A backend that takes only aligned sizes has its own list.
+#[derive(Clone, Debug)]
+pub struct Shapes {
+    /// (in, out) of matrix products.
+    pub products: Vec<(usize, usize)>,
+    /// (rows, width) of norms and activations.
+    pub norms: Vec<(usize, usize)>,
+    /// (vocabulary, width) of embedding tables.
+    pub tables: Vec<(usize, usize)>,
+    /// (channels, taps, with bias).
+    pub convs: Vec<(usize, usize, bool)>,
+    /// (query heads, KV heads, head dim, block size).
+    pub attentions: Vec<(usize, usize, usize, usize)>,
+    /// (rows, experts, experts per token, width, experts' width, normalised).
+    pub experts: Vec<(usize, usize, usize, usize, usize, bool)>,
+}
+
+impl Shapes {
+    /// Odd sizes, down to one.
+    pub fn any() -> Self {
+        Self {
+            products: vec![(64, 64), (33, 19), (1, 1), (7, 130), (300, 80), (1030, 48)],
+            norms: vec![(1, 64), (3, 37), (17, 1024), (40, 8)],
+            tables: vec![(50, 48), (7, 5)],
+            convs: vec![(48, 3, false), (300, 4, true), (5, 1, false), (16, 2, true)],
+            attentions: vec![(4, 2, 64, 16), (6, 2, 32, 32), (2, 2, 16, 4), (4, 1, 8, 24)],
+            experts: vec![
+                (40, 8, 2, 48, 40, true),
+                (40, 32, 4, 64, 24, true),
+                (40, 4, 4, 33, 17, false),
+                (40, 3, 1, 16, 16, true),
+            ],
+        }
+    }
+
+    /// What the kernels of a GPU promise to take: widths in eights, heads of 64, 8 to 64 experts; every kernel is met.
+    pub fn aligned() -> Self {
+        Self {
+            products: vec![(64, 64), (256, 48), (96, 136), (2048, 192), (1792, 64), (4608, 80)],
+            norms: vec![(1, 64), (3, 2048), (17, 1024), (40, 8)],
+            tables: vec![(50, 48), (7, 2048)],
+            convs: vec![(48, 3, false), (300, 4, true), (2048, 3, false), (16, 2, true)],
+            attentions: vec![(4, 2, 64, 16), (8, 2, 64, 32), (2, 2, 64, 16), (3, 1, 64, 48)],
+            experts: vec![
+                (40, 32, 4, 256, 256, true),
+                (64, 8, 2, 512, 768, false),
+                (40, 8, 2, 256, 72, true),
+                (200, 64, 4, 256, 128, true),
+                (400, 8, 2, 256, 72, true),
+                (70, 16, 1, 256, 256, true),
+            ],
+        }
+    }
 }
 
 impl Options {
     pub fn new(tolerance: f64) -> Self {
         Self {
             weights: vec![DType::F32, DType::F16, DType::Bf16],
+            vectors: DType::Bf16,
             kv: vec![DType::F32, DType::F16, DType::Bf16],
             tolerance,
             batch_invariant: true,
             rows: vec![1, 2, 3, 4, 7, 8, 16, 17, 33, 64],
+            shapes: Shapes::any(),
         }
     }
 }
@@ -253,7 +314,7 @@ impl<B: Backend> Suite<'_, B> {
 
     fn linear(&mut self) {
         let most = self.options.rows.iter().copied().max().unwrap_or(1);
-        for (k, n) in [(64, 64), (33, 19), (1, 1), (7, 130), (300, 80), (1030, 48)] {
+        for (k, n) in self.options.shapes.products.clone() {
             for dtype in self.options.weights.clone() {
                 let (x, w, bias) = (self.rng.values(most * k), self.rng.values(n * k), self.rng.values(n));
                 let plain = matmul(&x, &w, most, k, n);
@@ -307,9 +368,9 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn rows(&mut self) {
-        for (rows, h) in [(1, 64), (3, 37), (17, 1024), (40, 8)] {
+        for (rows, h) in self.options.shapes.norms.clone() {
             let (x, d, w) = (self.rng.values(rows * h), self.rng.values(rows * h), self.rng.values(h));
-            let wt = self.weight(&[h], &w, DType::Bf16);
+            let wt = self.weight(&[h], &w, self.options.vectors);
             let eps = 1e-5f32;
             let norm = |x: &[f64]| -> Vec<f64> {
                 x.chunks(h)
@@ -357,7 +418,7 @@ impl<B: Backend> Suite<'_, B> {
 
     fn embedding(&mut self) {
         for dtype in self.options.weights.clone() {
-            for (v, h) in [(50, 48), (7, 5)] {
+            for (v, h) in self.options.shapes.tables.clone() {
                 let table = self.rng.values(v * h);
                 let wt = self.weight(&[v, h], &table, dtype);
                 let mut b = layout(&[piece(1, 0, 4), piece(0, 0, 2)], 2, 1, 16);
@@ -392,12 +453,12 @@ impl<B: Backend> Suite<'_, B> {
 
     fn conv(&mut self) {
         const LENGTHS: [usize; 3] = [40, 1, 17];
-        for (h, taps, with_bias) in [(48, 3, false), (300, 4, true), (5, 1, false), (16, 2, true)] {
+        for (h, taps, with_bias) in self.options.shapes.convs.clone() {
             let what = format!("short_conv {taps} taps, {h} channels");
             let (w, bias) = (self.rng.values(h * taps), self.rng.values(h));
             let (wt, bt) = (
-                self.weight(&[h, 1, taps], &w, DType::Bf16),
-                self.weight(&[h], &bias, DType::Bf16),
+                self.weight(&[h, 1, taps], &w, self.options.vectors),
+                self.weight(&[h], &bias, self.options.vectors),
             );
             let inputs: Vec<Vec<f32>> = LENGTHS.iter().map(|n| self.rng.values(n * 3 * h)).collect();
             let stored = self.backend.activation_dtype();
@@ -465,14 +526,9 @@ impl<B: Backend> Suite<'_, B> {
             rope_theta: 1e6,
             norm_eps: 1e-5,
         };
-        for (shape, block_size) in [
-            (shape(4, 2, 64), 16),
-            (shape(6, 2, 32), 32),
-            (shape(2, 2, 16), 4),
-            (shape(4, 1, 8), 24),
-        ] {
+        for (q, kv, d, block_size) in self.options.shapes.attentions.clone() {
             for kv_dtype in self.options.kv.clone() {
-                self.attention_case(&shape, block_size, kv_dtype, &LENGTHS);
+                self.attention_case(&shape(q, kv, d), block_size, kv_dtype, &LENGTHS);
             }
         }
     }
@@ -482,7 +538,10 @@ impl<B: Backend> Suite<'_, B> {
         let what = format!("attention {nq}/{nk} heads of {d}, blocks of {block_size}, KV {kv_dtype}");
         let width = (nq + 2 * nk) * d;
         let (qw, kw) = (self.rng.values(d), self.rng.values(d));
-        let (qt, kt) = (self.weight(&[d], &qw, DType::Bf16), self.weight(&[d], &kw, DType::Bf16));
+        let (qt, kt) = (
+            self.weight(&[d], &qw, self.options.vectors),
+            self.weight(&[d], &kw, self.options.vectors),
+        );
         let inputs: Vec<Vec<f32>> = lengths.iter().map(|n| self.rng.values(n * width)).collect();
         let wants: Vec<Vec<f64>> = inputs
             .iter()
@@ -599,12 +658,7 @@ impl<B: Backend> Suite<'_, B> {
     }
 
     fn experts(&mut self) {
-        for (e, k, h, f, norm) in [
-            (8, 2, 48, 40, true),
-            (32, 4, 64, 24, true),
-            (4, 4, 33, 17, false),
-            (3, 1, 16, 16, true),
-        ] {
+        for (rows, e, k, h, f, norm) in self.options.shapes.experts.clone() {
             let shape = RouteShape {
                 num_experts: e,
                 experts_per_token: k,
@@ -613,15 +667,14 @@ impl<B: Backend> Suite<'_, B> {
             };
             for dtype in self.options.weights.clone() {
                 for with_bias in [false, true] {
-                    self.experts_case(&shape, h, f, dtype, with_bias);
+                    self.experts_case(&shape, rows, h, f, dtype, with_bias);
                 }
             }
         }
     }
 
-    fn experts_case(&mut self, shape: &RouteShape, h: usize, f: usize, dtype: DType, with_bias: bool) {
+    fn experts_case(&mut self, shape: &RouteShape, rows: usize, h: usize, f: usize, dtype: DType, with_bias: bool) {
         let (e, k) = (shape.num_experts, shape.experts_per_token);
-        let rows = 40;
         let x = self.rng.values(rows * h);
         let gate = self.rng.values(e * h);
         let bias: Vec<f32> = self.rng.values(e).iter().map(|b| b * 0.25).collect();
@@ -764,7 +817,8 @@ impl<B: Backend> Suite<'_, B> {
             change(&mut params);
             params
         };
-        let cases: Vec<(&str, SamplingParams, &[TokenId], Option<TokenMask>, TokenId)> = vec![
+        type Case<'a> = (&'a str, SamplingParams, &'a [TokenId], Option<TokenMask>, TokenId);
+        let cases: Vec<Case<'_>> = vec![
             ("greedy", greedy.clone(), &[], None, 700),
             ("mask", greedy.clone(), &[], mask(&[12, 11, 5]), 11),
             (
@@ -954,20 +1008,21 @@ impl<B: Backend> Suite<'_, B> {
             );
         }
 
-        let table: Vec<f32> = (0..V * 2).map(|i| (i / 2 % 128) as f32).collect();
-        let wt = self.weight(&[V, 2], &table, DType::Bf16);
+        const W: usize = 8;
+        let table: Vec<f32> = (0..V * W).map(|i| (i / W % 128) as f32).collect();
+        let wt = self.weight(&[V, W], &table, self.options.vectors);
         let mut b = layout(&[piece(3, 4, 1), piece(1, 0, 2), piece(0, 9, 1)], 4, 1, 16);
         b.token_ids = vec![1, 2, 3, 4];
         (b.feedback[0], b.feedback[2]) = (true, true);
         let mut batch = self.backend.batch(4, 4, 1).expect("batch");
         self.backend.set_batch(&mut batch, &b).expect("set_batch");
         self.backend.feed_back(&mut batch, &sampler).expect("feed_back");
-        let mut x = self.tensor(4, 2, &[]);
+        let mut x = self.tensor(4, W, &[]);
         self.backend.embed(&wt, &batch, &mut x).expect("embed");
         let got = self.read(&x, 4);
         let id = |t: u32| (t % 128) as f32;
         assert_eq!(
-            [got[0], got[2], got[4], got[6]],
+            [got[0], got[W], got[2 * W], got[3 * W]],
             [id(together[7][3]), id(2), id(3), id(together[7][2])],
             "feed_back"
         );

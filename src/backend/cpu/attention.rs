@@ -16,7 +16,7 @@ use crate::backend::{AttentionShape, BackendError, BatchLayout, DType, Result};
 /// Keys per softmax update.
 const KEYS: usize = 64;
 const LANES: usize = 16;
-/// Query vectors that share a pass over K and V in registers.
+/// Most query vectors that share a pass over K and V in registers.
 const QUERIES: usize = 4;
 /// Tokens of a row that one task handles, times the query heads of a KV head.
 const TOKENS: usize = 16;
@@ -324,7 +324,11 @@ fn attend<T: Element>(
         // SAFETY: a thread runs one task at a time.
         let scratch = unsafe { &mut scratch.slice(thread, 1)[0] };
         let queries = tokens.len() * group;
-        let padded = queries.next_multiple_of(QUERIES);
+        let padded = if queries <= 2 {
+            queries
+        } else {
+            queries.next_multiple_of(QUERIES)
+        };
         scratch.q.clear();
         scratch.q.resize(padded * d, 0.0);
         scratch.acc.clear();
@@ -380,20 +384,30 @@ simd::versions! {
 /// All queries of a task over all key tiles that any of them sees.
 #[inline(always)]
 fn queries_body<const FMA: bool, T: Element>(work: &mut Queries<'_>, k: &[T], v: &[T]) {
+    match work.scratch.visible.len() {
+        1 => tiles_of::<FMA, T, 1>(work, k, v),
+        2 => tiles_of::<FMA, T, 2>(work, k, v),
+        _ => tiles_of::<FMA, T, QUERIES>(work, k, v),
+    }
+}
+
+/// The same, `Q` queries at a time; each query's arithmetic is its own, whatever `Q`.
+#[inline(always)]
+fn tiles_of<const FMA: bool, T: Element, const Q: usize>(work: &mut Queries<'_>, k: &[T], v: &[T]) {
     let d = work.d;
     let d_padded = d.next_multiple_of(LANES);
     let key_stride = work.block_size.next_multiple_of(LANES);
     let longest = work.scratch.visible.iter().copied().max().unwrap_or(0);
-    let mut scores = [[0.0f32; KEYS]; QUERIES];
+    let mut scores = [[0.0f32; KEYS]; Q];
     for first_key in (0..longest).step_by(KEYS) {
-        for q0 in (0..work.scratch.visible.len()).step_by(QUERIES) {
-            let visible: [usize; QUERIES] =
+        for q0 in (0..work.scratch.visible.len()).step_by(Q) {
+            let visible: [usize; Q] =
                 std::array::from_fn(|i| work.scratch.visible[q0 + i].saturating_sub(first_key).min(KEYS));
             let keys = visible.into_iter().max().unwrap_or(0);
             if keys == 0 {
                 continue;
             }
-            let q = &work.scratch.q[q0 * d..][..QUERIES * d];
+            let q = &work.scratch.q[q0 * d..][..Q * d];
 
             // Scores, up to 16 keys of one block at a time.
             let mut key = 0;
@@ -404,13 +418,13 @@ fn queries_body<const FMA: bool, T: Element>(work: &mut Queries<'_>, k: &[T], v:
                 let base = (work.block_table[block] as usize * work.heads + work.head) * d * key_stride;
                 let panel = &k[base..][..d * key_stride];
                 // A full vector may be read when it stays inside the padded row; scores behind n are overwritten or cut.
-                let mut acc = [[0.0f32; LANES]; QUERIES];
+                let mut acc = [[0.0f32; LANES]; Q];
                 if offset + LANES <= key_stride {
                     for j in 0..d {
                         let Some(row) = panel[j * key_stride + offset..].first_chunk::<LANES>() else {
                             continue;
                         };
-                        for i in 0..QUERIES {
+                        for i in 0..Q {
                             let x = q[i * d + j];
                             for lane in 0..LANES {
                                 acc[i][lane] = simd::fma::<FMA>(x, row[lane].to_f32(), acc[i][lane]);
@@ -420,21 +434,21 @@ fn queries_body<const FMA: bool, T: Element>(work: &mut Queries<'_>, k: &[T], v:
                 } else {
                     for j in 0..d {
                         let row = &panel[j * key_stride + offset..][..n];
-                        for i in 0..QUERIES {
+                        for i in 0..Q {
                             for lane in 0..n {
                                 acc[i][lane] = simd::fma::<FMA>(q[i * d + j], row[lane].to_f32(), acc[i][lane]);
                             }
                         }
                     }
                 }
-                for i in 0..QUERIES {
+                for i in 0..Q {
                     scores[i][key..key + n].copy_from_slice(&acc[i][..n]);
                 }
                 key += n;
             }
 
             // Online softmax; keys that a query does not see get weight 0.
-            for i in 0..QUERIES {
+            for i in 0..Q {
                 let row = &mut scores[i];
                 row[visible[i]..].fill(f32::NEG_INFINITY);
                 let before = work.scratch.max[q0 + i];
@@ -477,8 +491,8 @@ fn queries_body<const FMA: bool, T: Element>(work: &mut Queries<'_>, k: &[T], v:
 
             // Weighted sum of values, 16 dimensions at a time.
             for column in (0..d_padded).step_by(LANES) {
-                let mut acc = [[0.0f32; LANES]; QUERIES];
-                for i in 0..QUERIES {
+                let mut acc = [[0.0f32; LANES]; Q];
+                for i in 0..Q {
                     acc[i].copy_from_slice(&work.scratch.acc[(q0 + i) * d_padded + column..][..LANES]);
                 }
                 let mut key = 0;
@@ -491,7 +505,7 @@ fn queries_body<const FMA: bool, T: Element>(work: &mut Queries<'_>, k: &[T], v:
                         let Some(row) = v[(base + j) * d_padded + column..].first_chunk::<LANES>() else {
                             continue;
                         };
-                        for i in 0..QUERIES {
+                        for i in 0..Q {
                             let weight = scores[i][key + j];
                             for lane in 0..LANES {
                                 acc[i][lane] = simd::fma::<FMA>(weight, row[lane].to_f32(), acc[i][lane]);
@@ -500,7 +514,7 @@ fn queries_body<const FMA: bool, T: Element>(work: &mut Queries<'_>, k: &[T], v:
                     }
                     key += n;
                 }
-                for i in 0..QUERIES {
+                for i in 0..Q {
                     work.scratch.acc[(q0 + i) * d_padded + column..][..LANES].copy_from_slice(&acc[i]);
                 }
             }

@@ -38,7 +38,7 @@ pub struct Tile {
     pub start: Start,
     /// Valid columns of the last panel, 1..=16.
     pub last_columns: usize,
-    /// Bytes ahead of the current weights to prefetch on each panel.
+    /// Bytes ahead of the current weights to prefetch on each panel; 0 = none.
     pub prefetch_bytes: usize,
 }
 
@@ -59,9 +59,11 @@ pub struct Kernel {
     pub operand: Operand,
     /// Panels a tile may span: 1, 2 or 4 at most.
     pub max_nr: usize,
-    /// `[MR - 1][log2 NR]`.
-    tiles: [[TileFn; 3]; MAX_MR],
+    /// `[MR - 1][log2 NR]`, without and with prefetches.
+    tiles: [Tiles; 2],
 }
+
+type Tiles = [[TileFn; 3]; MAX_MR];
 
 impl Kernel {
     pub fn choose(isa: Isa, dtype: DType) -> Self {
@@ -89,7 +91,7 @@ impl Kernel {
     /// machine has the kernel's instructions.
     pub unsafe fn run(&self, mr: usize, nr: usize, tile: &Tile) {
         // SAFETY: the caller's promise.
-        unsafe { self.tiles[mr - 1][nr.trailing_zeros() as usize](tile) }
+        unsafe { self.tiles[usize::from(tile.prefetch_bytes > 0)][mr - 1][nr.trailing_zeros() as usize](tile) }
     }
 }
 
@@ -194,27 +196,32 @@ unsafe fn tile<const FMA: bool, const MR: usize, const NR: usize, P: Panel>(t: &
 
 /// A table over MR and NR of one generic function.
 macro_rules! tiles {
-    ($f:ident $(, $t:ty)?) => {[
-        [$f::<1, 1 $(, $t)?>, $f::<1, 2 $(, $t)?>, $f::<1, 4 $(, $t)?>],
-        [$f::<2, 1 $(, $t)?>, $f::<2, 2 $(, $t)?>, $f::<2, 4 $(, $t)?>],
-        [$f::<3, 1 $(, $t)?>, $f::<3, 2 $(, $t)?>, $f::<3, 4 $(, $t)?>],
-        [$f::<4, 1 $(, $t)?>, $f::<4, 2 $(, $t)?>, $f::<4, 4 $(, $t)?>],
-        [$f::<5, 1 $(, $t)?>, $f::<5, 2 $(, $t)?>, $f::<5, 4 $(, $t)?>],
-        [$f::<6, 1 $(, $t)?>, $f::<6, 2 $(, $t)?>, $f::<6, 4 $(, $t)?>],
-    ]};
+    ($f:ident) => {
+        [tiles!($f, false), tiles!($f, true)]
+    };
+    ($f:ident, $p:literal) => {
+        [
+            [$f::<1, 1, $p>, $f::<1, 2, $p>, $f::<1, 4, $p>],
+            [$f::<2, 1, $p>, $f::<2, 2, $p>, $f::<2, 4, $p>],
+            [$f::<3, 1, $p>, $f::<3, 2, $p>, $f::<3, 4, $p>],
+            [$f::<4, 1, $p>, $f::<4, 2, $p>, $f::<4, 4, $p>],
+            [$f::<5, 1, $p>, $f::<5, 2, $p>, $f::<5, 4, $p>],
+            [$f::<6, 1, $p>, $f::<6, 2, $p>, $f::<6, 4, $p>],
+        ]
+    };
 }
 
 /// A table for kernels that take one panel at a time.
 macro_rules! narrow_tiles {
     ($f:ident, $t:ty) => {
-        [
+        [[
             [$f::<1, 1, $t>; 3],
             [$f::<2, 1, $t>; 3],
             [$f::<3, 1, $t>; 3],
             [$f::<4, 1, $t>; 3],
             [$f::<5, 1, $t>; 3],
             [$f::<6, 1, $t>; 3],
-        ]
+        ]; 2]
     };
 }
 
@@ -274,7 +281,7 @@ mod avx512 {
         ($name:ident, $features:literal, bytes $w_bytes:literal, k $k_step:literal, x $x:ty,
          zero $zero:expr, |$p:ident| $load:expr, |$acc:ident, $xv:ident, $wv:ident| $step:expr) => {
             #[target_feature(enable = $features)]
-            unsafe fn $name<const MR: usize, const NR: usize>(t: &Tile) {
+            unsafe fn $name<const MR: usize, const NR: usize, const PREFETCH: bool>(t: &Tile) {
                 let mask = |n: usize| -> __mmask16 {
                     if n + 1 == NR {
                         (0xffff_u32 >> (PANEL - t.last_columns)) as __mmask16
@@ -301,7 +308,9 @@ mod avx512 {
                         // SAFETY: step i of panel n; a prefetch may point anywhere.
                         w[n] = unsafe {
                             let $p = t.w[n].add(i * $w_bytes);
-                            _mm_prefetch::<_MM_HINT_T0>($p.wrapping_add(t.prefetch_bytes).cast());
+                            if PREFETCH {
+                                _mm_prefetch::<_MM_HINT_T0>($p.wrapping_add(t.prefetch_bytes).cast());
+                            }
                             $load
                         };
                     }

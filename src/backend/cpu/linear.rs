@@ -13,7 +13,7 @@ const ROW_BLOCK: usize = 192;
 /// k per pass when several row tiles share the panels: 4 panels of 256 k are 32 KB in bf16, the first tile brings them
 /// into the cache for the others.
 const K_BLOCK: usize = 256;
-/// How far ahead of the reads each panel's stream is prefetched.
+/// How far ahead of the reads each panel's stream is prefetched when each weight is used once.
 const PREFETCH_BYTES: usize = 2048;
 
 /// Token rows as a kernel reads them, possibly gathered.
@@ -206,7 +206,7 @@ impl<'a> Product<'a> {
                 .bias
                 .map_or(Start::Zero, |bias| Start::Bias(bias[first_column..].as_ptr())),
             last_columns: (self.cols - (panel + nr - 1) * PANEL).min(PANEL),
-            prefetch_bytes: PREFETCH_BYTES,
+            prefetch_bytes: 0,
         };
         let mut k = 0;
         loop {
@@ -215,6 +215,13 @@ impl<'a> Product<'a> {
                 tile.w[n] = self.panels[(panel + n) * self.panel_bytes + k * self.k_bytes..].as_ptr();
             }
             for t in 0..tiles {
+                // With one tile the loads run ahead of themselves; with several the first fetches the next k block's
+                // weights while the others compute on this one's.
+                tile.prefetch_bytes = match (tiles, t) {
+                    (1, _) => PREFETCH_BYTES,
+                    (_, 0) => k_block * self.k_bytes,
+                    _ => 0,
+                };
                 // Tiles of even height: 7 rows are 4 + 3, not 6 + 1.
                 let (from, to) = (rows * t / tiles, rows * (t + 1) / tiles);
                 for m in 0..to - from {

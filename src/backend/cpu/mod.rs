@@ -5,6 +5,7 @@
 //! activation type. No result depends on the batch around a row or on where a prefill was cut.
 
 mod attention;
+mod bandwidth;
 mod buffer;
 mod conv;
 mod kernels;
@@ -152,15 +153,20 @@ impl Backend for CpuBackend {
 
     fn describe(&self) -> String {
         format!(
-            "cpu: {} threads, {}; activations float32, {}",
+            "cpu: {} threads, {}; activations float32 (for {}), {}",
             self.pool.threads(),
             self.isa.name(),
+            self.activation_dtype,
             linear::describe(self.isa)
         )
     }
 
     fn memory_bytes(&self) -> Result<usize> {
         available_memory_bytes().ok_or_else(|| fail("memory_bytes", "the system does not tell its free memory".into()))
+    }
+
+    fn read_bandwidth(&mut self) -> Result<f64> {
+        Ok(bandwidth::read_bandwidth(&mut self.pool))
     }
 
     fn activation_dtype(&self) -> DType {

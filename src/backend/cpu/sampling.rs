@@ -306,7 +306,7 @@ fn keep_nucleus(isa: Isa, kept: &mut Vec<(TokenId, f32)>, max: f32, top_p: f32) 
     let mut mass = 0.0;
     let mut sorted = 0;
     while sorted < kept.len() {
-        let n = (sorted * 8).clamp(64, kept.len()).max(sorted + 1).min(kept.len());
+        let n = (sorted * 8).max(64).min(kept.len());
         if n < kept.len() {
             kept[sorted..].select_nth_unstable_by(n - 1 - sorted, descending);
         }
