@@ -1,10 +1,16 @@
 //! Messages become a prompt; text deltas become assistant events.
 
+mod engine;
 mod event;
+mod jinja_source;
+pub mod messages;
+mod python;
 mod stream;
+pub mod template;
 
 use serde_json::{Map, Value};
 
+pub use engine::{Chat, ChatEngine, ChatError, ChatStream, RenderRequest, RenderedChat};
 pub use event::{ChatChoice, ChatDelta, ChatEvent, ChatFinish, FinishReason, Parsing, StopReason, ToolCallDelta};
 pub use stream::{ChoiceParsers, collect, events};
 
@@ -13,7 +19,7 @@ use crate::text::GenerateRequest;
 /// A conversation, protocol-free. Built by the server's `convert.rs` of each chat-like endpoint.
 #[derive(Clone, Debug)]
 pub struct ChatRequest {
-    /// As the template sees them: `role`, `content` (string or parts), `tool_calls` with arguments parsed to objects, …
+    /// As the client sent them; [`messages`] makes them what the template expects.
     pub messages: Vec<Value>,
     /// As the template sees them: OpenAI tool objects.
     pub tools: Vec<Value>,

@@ -18,8 +18,8 @@ pub fn flags_markdown() -> String {
             .count()
     };
     out += &format!(
-        "{} flags of vLLM {}. Same: as in vLLM. Better: as in vLLM, and more. Accepted: logged, no effect. Refused: the \
-         server does not start when it is set to anything but its default. Of the {} flags that matter most, {} are \
+        "{} flags of vLLM {}. Same: as in vLLM. Better: as in vLLM, and more. In part: for the values named. Accepted: \
+         logged, no effect. Refused: the server does not start when it is set to anything but its default. Of the {} flags that matter most, {} are \
          honoured, {} have nothing to act on and {} are refused for now.\n",
         TABLE.serve.len(),
         crate::config::VLLM_VERSION,
@@ -61,13 +61,13 @@ fn row(flag: &Flag) -> String {
             text += &format!(" Here: {better}.");
             "better"
         }
+        (Verdict::Honoured, None) if flag.allow.is_some() => "in part",
         (Verdict::Honoured, None) => "same",
         (Verdict::Accepted, _) => "accepted",
         (Verdict::Refused, _) => "refused",
     };
     let allowed: Vec<String> = flag.allow.iter().flatten().map(|v| format!("`{v}`")).collect();
     match (&flag.otherwise, flag.here) {
-        (Some(otherwise), _) if allowed.is_empty() => text += &format!(" Only the default: {otherwise}."),
         (Some(otherwise), _) => text += &format!(" Only the default and {}: {otherwise}.", allowed.join(", ")),
         (None, Verdict::Refused) if !allowed.is_empty() => text += &format!(" (taken: {})", allowed.join(", ")),
         _ => {}

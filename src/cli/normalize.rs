@@ -10,6 +10,9 @@ use super::table::{self, Flag, FlagSet, Kind, LegacyFlag, Nargs, Takes, Verdict}
 use super::values::{insert_at, parse_bool, parse_dotted_value};
 use crate::config::args::{DeviceChoice, Notice};
 
+/// Deeper objects than any configuration has; JSON itself is read to this depth.
+const MAX_DOTTED_KEYS: usize = 128;
+
 /// A flag as it was given.
 #[derive(Clone, Debug)]
 pub struct Occurrence {
@@ -332,8 +335,10 @@ impl<'a> Reader<'a> {
         };
         let (path, append) = path.strip_suffix('+').map_or((path, false), |path| (path, true));
         let keys: Vec<&str> = path.split('.').collect();
-        if keys.iter().any(|key| key.is_empty()) {
-            return Err(fail("a part between dots is empty".into()));
+        if keys.iter().any(|key| key.is_empty()) || keys.len() > MAX_DOTTED_KEYS {
+            return Err(fail(format!(
+                "between dots stand 1 to {MAX_DOTTED_KEYS} keys, none empty"
+            )));
         }
         let at = self
             .dotted

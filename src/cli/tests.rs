@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::command::Values;
 use super::normalize::normalize;
 use super::table::{Command, FlagSet, Kind, Nargs, TABLE, Verdict};
+use super::values::human_int;
 use super::{CliError, Invocation, parse, render_error};
 use crate::config::args::{BenchKind, DeviceChoice, Notice, ServeArgs};
 
@@ -87,6 +88,44 @@ fn the_table_is_consistent() {
         spellings.dedup();
         assert_eq!(spellings.len(), all, "a spelling occurs twice for {}", command.path());
     }
+}
+
+proptest::proptest! {
+    #[test]
+    fn no_command_line_panics(tokens in proptest::collection::vec(token(), 0..8)) {
+        let line: Vec<String> = std::iter::once("serve".to_owned()).chain(tokens).collect();
+        if let Err(error) = parse(&line) {
+            proptest::prop_assert!(render_error(&line, &error).contains("error: "));
+        }
+    }
+
+    #[test]
+    fn suffixed_integers_are_products(number in -1_000_000_000i64..1_000_000_000, power in 0usize..5) {
+        for (suffixes, base) in [(["", "k", "m", "g", "t"], 1000i64), (["", "K", "M", "G", "T"], 1024)] {
+            let expected = number.checked_mul(base.pow(power as u32));
+            proptest::prop_assert_eq!(human_int(&format!("{number}{}", suffixes[power])).ok(), expected);
+        }
+    }
+}
+
+/// Pieces of command lines: real flags, halves of them, values, noise.
+fn token() -> impl proptest::strategy::Strategy<Value = String> {
+    use proptest::prelude::*;
+    let spellings: Vec<String> = TABLE
+        .serve
+        .iter()
+        .flat_map(|f| f.flags.clone())
+        .filter(|f| f != "--config")
+        .collect();
+    let spelling = proptest::sample::select(spellings);
+    prop_oneof![
+        spelling.clone(),
+        (spelling.clone(), 0usize..30).prop_map(|(s, n)| s.chars().take(n).collect()),
+        (spelling.clone(), "[a-z.+]{0,6}", ".{0,4}").prop_map(|(s, path, value)| format!("{s}.{path}={value}")),
+        (spelling, ".{0,6}").prop_map(|(s, value)| format!("{s}={value}")),
+        "[0-9.]{1,4}[kKmMgGtT]?",
+        "-?.{0,6}",
+    ]
 }
 
 #[test]

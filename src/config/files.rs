@@ -45,9 +45,6 @@ impl Locator {
         revision: Option<&str>,
         weights: bool,
     ) -> Result<ModelFiles, ConfigError> {
-        if let Some(files) = embedded(name) {
-            return Ok(files);
-        }
         let path = self.expand(name);
         if path.is_dir() {
             return Ok(ModelFiles::Directory(path));
@@ -78,10 +75,6 @@ impl Locator {
             _ => Path::new(path).to_path_buf(),
         }
     }
-}
-
-fn embedded(_name: &str) -> Option<ModelFiles> {
-    None
 }
 
 /// The variables of `huggingface_hub`, with `--download-dir` and `--hf-token` above them.

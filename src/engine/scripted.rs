@@ -558,3 +558,148 @@ fn bug(why: String) -> ExecutorError {
         fatal: true,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::step::SampleRow;
+
+    fn tiny() -> ScriptedExecutor {
+        ScriptedExecutor::new(Capacity {
+            num_blocks: 4,
+            block_size: 2,
+            conv_replay_tokens: 2,
+            ..capacity(50)
+        })
+    }
+
+    fn started(slot: SlotId, prompt: &[TokenId]) -> StartedSlot {
+        StartedSlot {
+            slot,
+            sampling: Arc::default(),
+            prompt: prompt.into(),
+            output: Vec::new(),
+        }
+    }
+
+    /// A first row over the whole of `prompt`, whose first `replay` tokens are replayed.
+    fn row(slot: SlotId, prompt: &[TokenId], replay: usize, blocks: &[BlockId]) -> StepRow {
+        StepRow {
+            slot,
+            start: 0,
+            tokens: RowTokens::Known(prompt.to_vec()),
+            replay,
+            reset_conv: true,
+            block_table: blocks.into(),
+            sample: Some(SampleRow {
+                output_index: 0,
+                needs_mask: false,
+            }),
+        }
+    }
+
+    fn step(
+        executor: &mut ScriptedExecutor,
+        slot: SlotId,
+        row: StepRow,
+        prompt: &[TokenId],
+    ) -> Result<TokenId, String> {
+        let plan = StepPlan {
+            started: vec![started(slot, prompt)],
+            rows: vec![row],
+        };
+        let ticket = executor.submit(&plan).map_err(|error| error.message)?;
+        let output = executor.collect(ticket).map_err(|error| error.message)?;
+        output.rows[0]
+            .sampled
+            .as_ref()
+            .map(|token| token.id)
+            .ok_or_else(|| "no sample".into())
+    }
+
+    #[test]
+    fn a_shared_block_gives_the_same_token_and_a_wrong_one_is_caught() {
+        let mut executor = tiny();
+        let (prompt, other) = ([1, 2, 3], [7, 2, 3]);
+        let first = step(&mut executor, 0, row(0, &prompt, 0, &[0, 1]), &prompt);
+        assert!(first.is_ok());
+        assert_eq!(step(&mut executor, 1, row(1, &prompt, 2, &[0, 2]), &prompt), first);
+        let wrong = step(&mut executor, 2, row(2, &other, 2, &[0, 3]), &other).unwrap_err();
+        assert!(wrong.contains("another sequence's"), "{wrong}");
+        let unwritten = step(&mut executor, 3, row(3, &prompt, 2, &[3, 2]), &prompt).unwrap_err();
+        assert!(unwritten.contains("never written"), "{unwritten}");
+    }
+
+    #[test]
+    fn a_cached_prefix_without_its_replay_is_caught() {
+        let mut executor = tiny();
+        let prompt = [1, 2, 3];
+        step(&mut executor, 0, row(0, &prompt, 0, &[0, 1]), &prompt).unwrap();
+        let short = StepRow {
+            start: 1,
+            tokens: RowTokens::Known(vec![2, 3]),
+            ..row(1, &prompt, 1, &[0, 2])
+        };
+        let error = step(&mut executor, 1, short, &prompt).unwrap_err();
+        assert!(error.contains("conv states are not exact"), "{error}");
+    }
+
+    #[test]
+    fn writing_into_anothers_block_is_caught() {
+        let mut executor = tiny();
+        let prompt = [1, 2, 3];
+        step(&mut executor, 0, row(0, &prompt, 0, &[0, 1]), &prompt).unwrap();
+        step(&mut executor, 1, row(1, &prompt, 0, &[2, 3]), &prompt).unwrap();
+        let decode = StepRow {
+            start: 3,
+            tokens: RowTokens::LastSampled,
+            reset_conv: false,
+            sample: None,
+            ..row(0, &prompt, 0, &[0, 3])
+        };
+        let ticket = executor
+            .submit(&StepPlan {
+                started: Vec::new(),
+                rows: vec![decode],
+            })
+            .unwrap();
+        let error = executor.collect(ticket).unwrap_err();
+        assert!(
+            error.fatal && error.message.contains("block of another sequence"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_mask_and_min_tokens_bend_the_answer() {
+        let mut executor = ScriptedExecutor::replying(capacity(50), |_| vec![9]);
+        let sampling = SamplingParams {
+            min_tokens: 1,
+            min_tokens_suppressed: vec![9],
+            ..SamplingParams::default()
+        };
+        let mut plan = StepPlan {
+            started: vec![started(0, &[1])],
+            rows: vec![row(0, &[1], 0, &[0])],
+        };
+        plan.started[0].sampling = Arc::new(sampling);
+        plan.rows[0].sample = Some(SampleRow {
+            output_index: 0,
+            needs_mask: true,
+        });
+        let ticket = executor.submit(&plan).unwrap();
+        executor
+            .set_mask(&ticket, 0, TokenMask(Arc::new([1 << 9 | 1 << 20])))
+            .unwrap();
+        let output = executor.collect(ticket).unwrap();
+        assert_eq!(output.rows[0].sampled.as_ref().unwrap().id, 20);
+        let ticket = executor.submit(&plan).unwrap();
+        assert!(
+            executor
+                .collect(ticket)
+                .unwrap_err()
+                .message
+                .contains("waits for its mask")
+        );
+    }
+}

@@ -12,7 +12,7 @@ fn numbers_are_written_as_python_does() {
         (1_792_992.5, "1.7929925e+06"),
         (f64::INFINITY, "+Inf"),
     ] {
-        assert_eq!(number(value), text);
+        assert_eq!(exposition::number(value), text);
     }
 }
 

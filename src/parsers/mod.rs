@@ -131,12 +131,12 @@ mod tests {
         let resolve = |template: &str, tokens: &[&str]| {
             names(Parsers::resolve(None, None, template, &vocabulary(tokens)).unwrap())
         };
-        assert_eq!(resolve(TEMPLATE, &full), (Some("qwen3"), Some("lfm2")));
-        assert_eq!(resolve("{{ enable_thinking }}", &full[..2]), (Some("qwen3"), None));
+        assert_eq!(resolve(TEMPLATE, &full), (Some("lfm2"), Some("lfm2")));
+        assert_eq!(resolve("{{ enable_thinking }}", &full[..2]), (Some("lfm2"), None));
         // The vocabulary reserves the markers, but this checkpoint's template knows nothing of them.
         assert_eq!(resolve("{{ messages }}", &full), (None, Some("lfm2")));
         assert_eq!(resolve(TEMPLATE, &full[2..]), (None, Some("lfm2")));
-        assert_eq!(resolve(TEMPLATE, &full[..3]), (Some("qwen3"), None));
+        assert_eq!(resolve(TEMPLATE, &full[..3]), (Some("lfm2"), None));
         assert_eq!(resolve(TEMPLATE, &[]), (None, None));
     }
 
@@ -150,7 +150,7 @@ mod tests {
         assert_eq!(resolve(Some("qwen3"), Some("none"), &[]), Ok((Some("qwen3"), None)));
         assert_eq!(
             resolve(Some("glm"), None, &tokens).unwrap_err().to_string(),
-            "--reasoning-parser: there is no parser \"glm\"; known are qwen3, none"
+            "--reasoning-parser: there is no parser \"glm\"; known are lfm2, qwen3, none"
         );
         assert_eq!(
             resolve(None, Some("hermes"), &tokens).unwrap_err().to_string(),

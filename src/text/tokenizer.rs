@@ -334,6 +334,10 @@ pub(crate) mod testing {
         serde_json::from_slice(&std::fs::read(goldens().join(path)).unwrap()).unwrap()
     }
 
+    pub fn text_file(path: &str) -> String {
+        std::fs::read_to_string(goldens().join(path)).unwrap()
+    }
+
     pub fn ids(value: &Value) -> Vec<TokenId> {
         value
             .as_array()

@@ -168,6 +168,74 @@ fn a_marker_that_is_a_token_counts_only_as_that_token() {
     assert_eq!(parser.reasoning_tokens(), 3);
 }
 
+/// Reads with the reasoning parser that a checkpoint gets without a flag.
+fn read_detected(prompt: &str, text: &str) -> (String, String) {
+    let special = ["<think>", "</think>"];
+    let token = |text: &str| {
+        special
+            .iter()
+            .zip(1..)
+            .find_map(|(name, id)| (*name == text).then_some(id))
+    };
+    let entry = reasoning::detect("<think>", &token).unwrap();
+    assert_eq!(entry.name, "lfm2");
+    let prompt_ids: Vec<u32> = cases::pieces(prompt).into_iter().filter_map(token).collect();
+    let prompt = Prompt {
+        text: prompt,
+        token_ids: &prompt_ids,
+        enable_thinking: true,
+    };
+    let ids: Vec<u32> = cases::pieces(text)
+        .into_iter()
+        .map(|piece| token(piece).unwrap_or(9))
+        .collect();
+    let mut sums = vec![];
+    for (token, pieces) in [
+        (&token as &dyn Fn(&str) -> Option<u32>, vec![(text, ids.as_slice())]),
+        (&token, cases::pieces(text).into_iter().zip(ids.chunks(1)).collect()),
+        (
+            &|_: &str| None,
+            text.split_inclusive(|_| true).map(|c| (c, &[][..])).collect(),
+        ),
+    ] {
+        let mut parser = AssistantParser::new(Some((entry.new)(&prompt, token)), None, true);
+        let mut parts: Vec<AssistantDelta> = pieces.iter().flat_map(|(text, ids)| parser.push(text, ids)).collect();
+        parts.extend(parser.finish());
+        let (mut reasoning, mut content) = (String::new(), String::new());
+        for part in parts {
+            match part {
+                AssistantDelta::Reasoning(text) => reasoning += &text,
+                AssistantDelta::Content(text) => content += &text,
+                part => panic!("{part:?}"),
+            }
+        }
+        sums.push((reasoning, content));
+    }
+    assert!(sums.iter().all(|sum| *sum == sums[0]), "{sums:?}");
+    sums.remove(0)
+}
+
+#[test]
+fn without_a_flag_only_opened_reasoning_is_reasoning() {
+    let turn = "<|im_start|>assistant\n";
+    let sum = |reasoning: &str, content: &str| (reasoning.to_owned(), content.to_owned());
+    assert_eq!(read_detected(turn, "Hello!"), sum("", "Hello!"));
+    assert_eq!(read_detected(turn, " \n"), sum("", " \n"));
+    assert_eq!(read_detected(turn, " <thin"), sum("", " <thin"));
+    assert_eq!(read_detected(turn, "\n<think>a</think> b"), sum("a", " b"));
+    assert_eq!(read_detected(turn, "<think>a"), sum("a", ""));
+    assert_eq!(read_detected(turn, "é <think>a"), sum("", "é <think>a"));
+    assert_eq!(
+        read_detected("<|im_start|>assistant\n<think>\n", "a</think>b"),
+        sum("a", "b")
+    );
+    assert_eq!(
+        read_detected("<|im_start|>assistant\n<think></think>", "<think>b"),
+        sum("", "<think>b")
+    );
+    assert_eq!(read_detected("", "a"), sum("", "a"));
+}
+
 #[test]
 fn work_is_linear_in_the_text() {
     let n = 4_000;

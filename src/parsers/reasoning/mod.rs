@@ -1,16 +1,24 @@
 //! Parsers that separate reasoning from content.
 
-mod qwen3;
+mod think;
 
 use super::{ParserError, TokenLookup};
 
 /// Every reasoning parser, by its `--reasoning-parser` name.
-pub static REGISTRY: &[Entry] = &[Entry {
-    name: "qwen3",
-    aliases: &[],
-    new: qwen3::new,
-    detect: qwen3::detect,
-}];
+pub static REGISTRY: &[Entry] = &[
+    Entry {
+        name: "lfm2",
+        aliases: &[],
+        new: think::new_lfm2,
+        detect: think::detect,
+    },
+    Entry {
+        name: "qwen3",
+        aliases: &[],
+        new: think::new_qwen3,
+        detect: |_, _| false,
+    },
+];
 
 /// One line of [`REGISTRY`].
 #[derive(Debug)]
