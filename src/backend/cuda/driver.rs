@@ -70,6 +70,34 @@ pub fn is_available() -> bool {
     unsafe { sys::is_culib_present() }
 }
 
+/// Names and memory sizes in bytes of the devices that `CUDA_VISIBLE_DEVICES` leaves; none without a driver.
+pub fn list_devices() -> Vec<(String, u64)> {
+    let mut devices = Vec::new();
+    if !is_available() {
+        return devices;
+    }
+    // SAFETY: plain driver calls with valid out-pointers; a failure means that there is nothing to list.
+    unsafe {
+        let mut count = 0;
+        if sys::cuInit(0) != sys::CUresult::CUDA_SUCCESS
+            || sys::cuDeviceGetCount(&mut count) != sys::CUresult::CUDA_SUCCESS
+        {
+            return devices;
+        }
+        for ordinal in 0..count {
+            let (mut device, mut bytes, mut name) = (0, 0, [0u8; 128]);
+            if sys::cuDeviceGet(&mut device, ordinal) == sys::CUresult::CUDA_SUCCESS
+                && sys::cuDeviceTotalMem_v2(&mut bytes, device) == sys::CUresult::CUDA_SUCCESS
+                && sys::cuDeviceGetName(name.as_mut_ptr().cast(), 127, device) == sys::CUresult::CUDA_SUCCESS
+            {
+                let name = String::from_utf8_lossy(&name).trim_end_matches('\0').to_string();
+                devices.push((name, bytes as u64));
+            }
+        }
+    }
+    devices
+}
+
 impl Device {
     pub fn open(ordinal: usize) -> Result<Arc<Device>> {
         if !is_available() {
