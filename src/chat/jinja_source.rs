@@ -246,13 +246,7 @@ mod tests {
         ] {
             assert_eq!(as_minijinja(source), expected);
         }
-        for source in [
-            "{% for %}",
-            "{% for x in %}",
-            "{% for x %}",
-            "{% for in in %}",
-            "{% for x in 'a %}",
-        ] {
+        for source in ["{% for %}", "{% for x in %}", "{% for x %}", "{% for x in 'a %}"] {
             assert_eq!(as_minijinja(source), source);
         }
     }

@@ -17,11 +17,11 @@ use super::python::{JsonStyle, to_json, to_str};
 const FUEL: u64 = 5_000_000;
 /// The same for a template of a request.
 const UNTRUSTED_FUEL: u64 = 1_000_000;
-/// Stack of a rendering, reserved but hardly ever touched: values can nest as deep as fuel allows, and dropping them
-/// recurses.
+/// Address space for a stack, hardly ever touched. 100,000 lists in each other need less than 8 MB to be dropped, and the
+/// fuel nests at most 1,250,000.
 const STACK_BYTES: usize = 256 << 20;
-/// Nested macros and loops; what fits the stack of a blocking thread many times over.
-const RECURSION_LIMIT: usize = 150;
+/// Nested macros count ten, loops one.
+const RECURSION_LIMIT: usize = 500;
 const MAX_SOURCE_BYTES: usize = 1 << 20;
 const MAX_OUTPUT_BYTES: usize = 32 << 20;
 /// What transformers appends to a final message that is to be continued, to find its end in the rendering.
@@ -104,10 +104,13 @@ impl ChatTemplate {
                 "the chat template is larger than {MAX_SOURCE_BYTES} bytes"
             )));
         }
-        let mut environment = environment(clock)?;
-        environment
-            .add_template_owned("chat", as_minijinja(source))
-            .map_err(|error| describe(&error))?;
+        let environment = on_large_stack(|| {
+            let mut environment = environment(clock)?;
+            environment
+                .add_template_owned("chat", as_minijinja(source))
+                .map_err(|error| describe(&error))?;
+            Ok(environment)
+        })?;
         let content_format = if iterates_content(source) {
             ContentFormat::Parts
         } else {
@@ -141,17 +144,7 @@ impl ChatTemplate {
     /// The template refuses the conversation or fails on it, an argument has a reserved name, the rendering is too large
     /// or too much work, or there is no final text to continue.
     pub fn render(&self, input: TemplateInput) -> Result<String, TemplateError> {
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new()
-                .name("template".into())
-                .stack_size(STACK_BYTES);
-            let rendering = thread
-                .spawn_scoped(scope, || self.render_here(input))
-                .map_err(|error| TemplateError(format!("there is no thread to render on: {error}")))?;
-            rendering
-                .join()
-                .unwrap_or_else(|_| Err(TemplateError("the chat template could not be rendered".into())))
-        })
+        on_large_stack(|| self.render_here(input))
     }
 
     fn render_here(&self, mut input: TemplateInput) -> Result<String, TemplateError> {
@@ -203,6 +196,22 @@ impl std::fmt::Debug for ChatTemplate {
             .field("content_format", &self.content_format)
             .finish_non_exhaustive()
     }
+}
+
+/// The parser recurses a few hundred times over large frames, and dropping nested values recurses as deep as they nest:
+/// more than the stack of a blocking thread bears.
+fn on_large_stack<T: Send>(work: impl FnOnce() -> Result<T, TemplateError> + Send) -> Result<T, TemplateError> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("template".into())
+            .stack_size(STACK_BYTES);
+        let working = thread
+            .spawn_scoped(scope, work)
+            .map_err(|error| TemplateError(format!("there is no thread for the chat template: {error}")))?;
+        working
+            .join()
+            .unwrap_or_else(|_| Err(TemplateError("the chat template could not be processed".into())))
+    })
 }
 
 /// Jinja2 as transformers sets it up.
