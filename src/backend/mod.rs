@@ -7,6 +7,12 @@
 //! Alphabet: `T` tokens this step, `S` sequences (rows) this step, `H` hidden, `F` ffn width, `Nq`/`Nk` query and KV heads,
 //! `D` head dim, `V` vocabulary, `P` tokens per KV block, `E`/`K` experts and experts per token, `L` conv taps.
 
+#[cfg(any(test, feature = "cuda"))]
+pub mod conformance;
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+
 use std::fmt;
 
 use crate::step::{SampledToken, SlotId, StartedSlot, TokenId, TokenLogprobs, TokenMask};
@@ -162,6 +168,8 @@ pub trait Backend: Send + 'static {
     fn describe(&self) -> String;
     /// Bytes the device can give to weights, cache and workspace together.
     fn memory_bytes(&self) -> Result<usize>;
+    /// Bytes per second of one pass over a buffer larger than every cache, measured now: the yardstick of benchmarks.
+    fn read_bandwidth(&mut self) -> Result<f64>;
     /// Type of activations between operations.
     fn activation_dtype(&self) -> DType;
 

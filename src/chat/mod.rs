@@ -1,13 +1,27 @@
 //! Messages become a prompt; text deltas become assistant events.
 
+mod build;
+mod engine;
+mod event;
+mod jinja_source;
+pub mod messages;
+mod python;
+mod stream;
+pub mod template;
+
 use serde_json::{Map, Value};
 
-use crate::text::{GenerateRequest, TextDelta};
+pub use build::ChatBuildError;
+pub use engine::{Chat, ChatEngine, ChatError, ChatStream, RenderRequest, RenderedChat};
+pub use event::{ChatChoice, ChatDelta, ChatEvent, ChatFinish, FinishReason, Parsing, StopReason, ToolCallDelta};
+pub use stream::{ChoiceParsers, collect, events};
+
+use crate::text::{GenerateRequest, Truncation};
 
 /// A conversation, protocol-free. Built by the server's `convert.rs` of each chat-like endpoint.
 #[derive(Clone, Debug)]
 pub struct ChatRequest {
-    /// As the template sees them: `role`, `content` (string or parts), `tool_calls` with arguments parsed to objects, …
+    /// As the client sent them; [`messages`] makes them what the template expects.
     pub messages: Vec<Value>,
     /// As the template sees them: OpenAI tool objects.
     pub tools: Vec<Value>,
@@ -22,6 +36,8 @@ pub struct ChatRequest {
     pub chat_template: Option<String>,
     /// False only hides: reasoning is generated and counted, not sent.
     pub include_reasoning: bool,
+    /// Cuts the rendered prompt.
+    pub truncation: Option<Truncation>,
     /// `prompt` is filled in by the chat layer.
     pub generate: GenerateRequest,
 }
@@ -31,17 +47,4 @@ pub enum ToolChoice {
     /// Tools are rendered, text is not parsed for calls.
     None,
     Auto,
-}
-
-/// What an assistant's turn is made of, choice by choice.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ChatEvent {
-    /// `0..n`.
-    pub index: u32,
-    /// What the parsers made of the delta's text, in order; may be empty.
-    pub parts: Vec<crate::parsers::AssistantDelta>,
-    /// The text delta that caused it (token ids, logprobs, finish).
-    pub delta: TextDelta,
-    /// Output tokens inside reasoning so far.
-    pub reasoning_tokens: usize,
 }

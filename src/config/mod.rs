@@ -2,11 +2,22 @@
 //!
 //! Each part of the program receives its own part. Only `resolve.rs` reads the environment and the checkpoint's files.
 
+pub mod args;
+mod checkpoint;
+pub mod environment;
+mod files;
+mod limits;
+pub mod logging;
+pub mod resolve;
+
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
 
 use crate::backend::DType;
+
+/// The vLLM release whose flags, API and metrics are mirrored.
+pub const VLLM_VERSION: &str = "0.33.0";
 
 /// Everything `rvllm serve` and `rvllm bench` need.
 #[derive(Clone, Debug)]
@@ -19,6 +30,58 @@ pub struct Config {
     pub device: DeviceConfig,
 }
 
+impl Config {
+    /// What was decided, a line each, without secrets: for logs and `--dry-run`.
+    pub fn summary(&self) -> String {
+        let Self {
+            model,
+            cache,
+            scheduler,
+            chat,
+            server,
+            device,
+        } = self;
+        let lines = [
+            ("model", model.name.clone()),
+            ("served as", model.served_names.join(", ")),
+            ("device", format!("{:?}, {} threads", device.kind, device.threads)),
+            ("dtype", model.dtype.to_string()),
+            ("context", format!("{} tokens", model.max_model_len)),
+            (
+                "EOS",
+                format!("{:?} and {:?}", model.eos_token_id, model.extra_eos_token_ids),
+            ),
+            ("sampling defaults", format!("{:?}", model.generation_defaults)),
+            ("KV cache", format!("{cache:?}")),
+            ("scheduler", format!("{scheduler:?}")),
+            (
+                "chat template",
+                chat.template
+                    .as_ref()
+                    .map_or("none".into(), |t| format!("{} bytes", t.len())),
+            ),
+            (
+                "parsers",
+                format!("reasoning {:?}, tools {:?}", chat.reasoning_parser, chat.tool_parser),
+            ),
+            (
+                "address",
+                format!(
+                    "{}:{}{}",
+                    server.host.as_deref().unwrap_or("0.0.0.0"),
+                    server.port,
+                    server.root_path
+                ),
+            ),
+            ("API keys", server.api_keys.len().to_string()),
+        ];
+        lines
+            .iter()
+            .map(|(name, value)| format!("{name:<18} {value}\n"))
+            .collect()
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
     /// As the user wrote it: a hub id, a directory or `demo`.
@@ -27,6 +90,8 @@ pub struct ModelConfig {
     pub served_names: Vec<String>,
     /// Where its files are.
     pub files: ModelFiles,
+    /// Where tokenizer.json and its companions are; `files` unless `--tokenizer`.
+    pub tokenizer_files: ModelFiles,
     /// The checkpoint's config.json with `--hf-overrides` applied.
     pub hf_config: Value,
     /// Type of weights and activations after `--dtype`.
@@ -34,6 +99,8 @@ pub struct ModelConfig {
     pub load_format: LoadFormat,
     /// Context length in tokens.
     pub max_model_len: usize,
+    /// `--max-model-len auto`: to be lowered to what the KV cache holds.
+    pub fit_max_model_len: bool,
     pub vocab_size: usize,
     pub seed: u64,
     /// Primary EOS (config.json, else the tokenizer's eos_token).
@@ -113,13 +180,25 @@ pub struct ChatConfig {
     pub template: Option<String>,
     pub template_kwargs: Map<String, Value>,
     pub trust_request_template: bool,
-    /// Name in `parsers::reasoning::REGISTRY`.
-    pub reasoning_parser: Option<String>,
-    /// Name in `parsers::tool::REGISTRY`.
-    pub tool_parser: Option<String>,
+    /// Of `parsers::reasoning::REGISTRY`.
+    pub reasoning_parser: ParserChoice,
+    /// Of `parsers::tool::REGISTRY`.
+    pub tool_parser: ParserChoice,
+    /// `--enable-auto-tool-choice` was given. A detected tool parser implies it.
     pub auto_tool_choice: bool,
     pub exclude_tools_when_none: bool,
     pub response_role: String,
+}
+
+/// Which parser reads the model's output.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ParserChoice {
+    /// No flag: the one that fits the checkpoint, if any.
+    Detect,
+    /// `none`.
+    Off,
+    /// As the user wrote it; not yet looked up.
+    Named(String),
 }
 
 #[derive(Clone, Debug)]
@@ -138,14 +217,20 @@ pub struct ServerConfig {
     pub force_include_usage: bool,
     pub return_tokens_as_token_ids: bool,
     pub access_log: bool,
+    /// Paths that the access log leaves out.
+    pub access_log_excluded_paths: Vec<String>,
     pub log_requests: bool,
     pub log_stats: bool,
+    pub log_stats_interval_s: f64,
     /// Seconds that SIGTERM leaves running requests.
     pub shutdown_timeout_s: u64,
+    /// 0 = off.
     pub sse_keep_alive_s: u64,
+    /// Idle seconds after which a connection is closed.
+    pub http_keep_alive_s: u64,
     pub max_body_bytes: usize,
-    /// `system_fingerprint`.
-    pub fingerprint: String,
+    /// `system_fingerprint`; none = null.
+    pub fingerprint: Option<String>,
 }
 
 #[derive(Clone, Debug)]

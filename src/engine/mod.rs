@@ -3,10 +3,77 @@
 //! [`EngineHandle`] is the only door: a request goes in, a stream of its tokens comes out, dropping the stream is the
 //! abort. Behind it one thread owns the scheduler, the block accounting and the [`Executor`](crate::step::Executor).
 
-use std::sync::Arc;
-use std::time::Instant;
+pub mod cache;
+mod core;
+mod handle;
+pub mod scheduler;
+pub mod scripted;
+mod sequence;
+mod stream;
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use handle::{EngineHandle, Exit, Health};
+pub use stream::SequenceStream;
+
+use crate::config::SchedulerConfig;
 use crate::step::{SampledToken, SamplingParams, TokenId, TokenLogprobs};
+
+/// What the engine needs besides the executor's [`Capacity`](crate::step::Capacity).
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Policy and queue limits. The step's size is the executor's to say.
+    pub scheduler: SchedulerConfig,
+    pub prefix_caching: bool,
+    /// Context length in tokens, prompt and output together.
+    pub max_model_len: usize,
+    /// How often the statistics are logged while there is activity; none = never.
+    pub log_stats_interval: Option<Duration>,
+    /// A step that takes longer makes [`Health::Stalled`].
+    pub stall_timeout: Duration,
+}
+
+impl EngineConfig {
+    /// vLLM's ten seconds between statistics, five minutes for a step.
+    pub fn new(scheduler: SchedulerConfig, prefix_caching: bool, max_model_len: usize) -> Self {
+        Self {
+            scheduler,
+            prefix_caching,
+            max_model_len,
+            log_stats_interval: Some(Duration::from_secs(10)),
+            stall_timeout: Duration::from_secs(300),
+        }
+    }
+}
+
+/// What the engine is doing, as of its last step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct EngineStats {
+    pub num_running: usize,
+    pub num_waiting: usize,
+    /// 0..=1.
+    pub kv_cache_usage: f64,
+    pub num_steps: u64,
+    pub num_preemptions: u64,
+    /// Tokens looked up in the prefix cache, and found.
+    pub prefix_cache_queries: u64,
+    pub prefix_cache_hits: u64,
+    /// Prompt tokens of finished prefills.
+    pub prompt_tokens: u64,
+    pub generation_tokens: u64,
+}
+
+/// How [`EngineHandle::pause`] treats what is there; vLLM's `/pause` modes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PauseMode {
+    /// Sequences freeze and go on after [`EngineHandle::resume`]; new ones queue.
+    Keep,
+    /// Running sequences finish, queued ones stay queued, new ones are refused.
+    Wait,
+    /// All sequences end with [`FinishReason::Abort`], new ones are refused.
+    Abort,
+}
 
 /// One sequence to generate. `n` choices of one prompt are n requests; prefix caching shares their prompt.
 #[derive(Clone, Debug)]

@@ -1,11 +1,25 @@
 //! Text in, text out: tokenizer, incremental detokenizer, stop strings, logprobs by token text.
 //!
-//! `generate.rs` turns a [`GenerateRequest`] into engine requests and their tokens into [`TextDelta`]s.
+//! [`TextEngine`] turns a [`GenerateRequest`] into engine requests and their tokens into [`TextDelta`]s.
 
+pub mod detokenizer;
+pub mod generate;
+pub mod logprobs;
+pub mod sampling;
+pub mod stop;
+pub mod tokenizer;
+mod truncation;
+
+use std::fmt::Display;
 use std::sync::Arc;
 
 use crate::engine::EngineError;
 use crate::step::{SamplingParams, TokenId};
+
+pub use generate::{TextEngine, TextLimits, TextStream, collect};
+pub use sampling::{ResolvedSampling, SamplingOptions, SamplingRules, resolve_sampling};
+pub use tokenizer::Tokenizer;
+pub use truncation::Truncation;
 
 /// A prompt to continue, `n` times.
 #[derive(Clone, Debug)]
@@ -41,7 +55,7 @@ pub struct TextDelta {
     pub token_ids: Vec<TokenId>,
     /// Parallel to `token_ids` when logprobs were asked.
     pub logprobs: Vec<TextLogprobs>,
-    /// Only in the first delta.
+    /// Only in a choice's first delta: one entry per prompt token after the first.
     pub prompt_logprobs: Option<Vec<TextLogprobs>>,
     /// Prompt tokens that came from the prefix cache.
     pub num_cached_tokens: usize,
@@ -79,9 +93,31 @@ pub enum TextFinish {
 
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TextError {
-    /// The client's fault; `param` is the request field.
+    /// The client's fault. `param` is the request field where vLLM names one; the message then ends with vLLM's
+    /// ` (parameter=NAME, value=V)`.
     #[error("{message}")]
-    Invalid { param: &'static str, message: String },
+    Invalid {
+        param: Option<&'static str>,
+        message: String,
+    },
     #[error(transparent)]
     Engine(#[from] EngineError),
+}
+
+impl TextError {
+    /// The client's fault, in no field that vLLM names.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::Invalid {
+            param: None,
+            message: message.into(),
+        }
+    }
+
+    /// The client's fault in the request field `param`.
+    pub fn parameter(param: &'static str, value: impl Display, message: impl Display) -> Self {
+        Self::Invalid {
+            param: Some(param),
+            message: format!("{message} (parameter={param}, value={value})"),
+        }
+    }
 }

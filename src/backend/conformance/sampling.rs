@@ -1,0 +1,267 @@
+//! What each sampling parameter must do, and what a slot remembers.
+
+use super::*;
+
+impl<B: Backend> Suite<'_, B> {
+    fn start(&mut self, sampler: &mut B::Sampler, slot: u32, params: SamplingParams, output: &[TokenId]) {
+        let started = StartedSlot {
+            slot,
+            sampling: Arc::new(params),
+            prompt: Arc::from([3, 5]),
+            output: output.to_vec(),
+        };
+        self.backend.start_slot(sampler, &started).expect("start_slot");
+    }
+
+    fn sample(
+        &mut self,
+        logits: &[f32],
+        vocab: usize,
+        sampler: &mut B::Sampler,
+        r: &[SampleRequest],
+    ) -> Vec<SampledToken> {
+        let mut lt = self
+            .backend
+            .tensor(logits.len() / vocab, vocab, DType::F32)
+            .expect("tensor");
+        self.backend.write(&mut lt, logits).expect("write");
+        self.backend.sample(&lt, r, sampler).expect("sample");
+        let mut out = Vec::new();
+        self.backend.sampled(sampler, &mut out).expect("sampled");
+        assert_eq!(out.len(), r.len(), "one token per request");
+        out
+    }
+
+    /// Deterministic consequences of each parameter.
+    pub(super) fn sampling(&mut self) {
+        const V: usize = 1000;
+        let greedy = SamplingParams {
+            temperature: 0.0,
+            ..Default::default()
+        };
+        let mut logits: Vec<f32> = (0..V).map(|i| (i % 97) as f32 / 97.0).collect();
+        // Best to worst: 700, 3, 11, 12 (equal to 11), 5.
+        for (id, x) in [(700, 9.0), (3, 8.0), (11, 7.5), (12, 7.5), (5, 7.0)] {
+            logits[id] = x;
+        }
+        let mask = |ids: &[usize]| {
+            let mut words = vec![0u32; V.div_ceil(32)];
+            ids.iter().for_each(|id| words[id / 32] |= 1 << (id % 32));
+            Some(TokenMask(words.into()))
+        };
+        let with = |change: &dyn Fn(&mut SamplingParams)| {
+            let mut params = greedy.clone();
+            change(&mut params);
+            params
+        };
+        type Case<'a> = (&'a str, SamplingParams, &'a [TokenId], Option<TokenMask>, TokenId);
+        let cases: Vec<Case<'_>> = vec![
+            ("greedy", greedy.clone(), &[], None, 700),
+            ("mask", greedy.clone(), &[], mask(&[12, 11, 5]), 11),
+            (
+                "allowed",
+                with(&|p| p.allowed_token_ids = Some(vec![5, 12])),
+                &[],
+                None,
+                12,
+            ),
+            (
+                "bad word",
+                with(&|p| p.bad_words = vec![vec![700], vec![9, 3]]),
+                &[9],
+                None,
+                11,
+            ),
+            (
+                "bad word, other prefix",
+                with(&|p| p.bad_words = vec![vec![700], vec![9, 3]]),
+                &[8],
+                None,
+                3,
+            ),
+            (
+                "bias",
+                with(&|p| p.logit_bias = vec![(700, -5.0), (5, 3.0)]),
+                &[],
+                None,
+                5,
+            ),
+            ("repetition", with(&|p| p.repetition_penalty = 2.0), &[700], None, 11),
+            ("presence", with(&|p| p.presence_penalty = 1.25), &[700, 700], None, 3),
+            ("frequency", with(&|p| p.frequency_penalty = 0.9), &[700, 700], None, 3),
+            (
+                "top-k 1",
+                with(&|p| (p.temperature, p.top_k) = (1.0, 1)),
+                &[],
+                None,
+                700,
+            ),
+            (
+                "top-p tiny",
+                with(&|p| (p.temperature, p.top_p) = (1.0, 1e-6)),
+                &[],
+                None,
+                700,
+            ),
+            (
+                "min-p 1",
+                with(&|p| (p.temperature, p.min_p) = (1.0, 1.0)),
+                &[],
+                None,
+                700,
+            ),
+            ("cold", with(&|p| p.temperature = 1e-4), &[], None, 700),
+            (
+                "min tokens",
+                with(&|p| (p.min_tokens, p.min_tokens_suppressed) = (3, vec![700, 3])),
+                &[1, 2],
+                None,
+                11,
+            ),
+            (
+                "min tokens reached",
+                with(&|p| (p.min_tokens, p.min_tokens_suppressed) = (2, vec![700])),
+                &[1, 2],
+                None,
+                700,
+            ),
+        ];
+        let mut sampler = self.backend.sampler(2, V, 2).expect("sampler");
+        for (name, params, output, mask, want) in cases {
+            self.start(&mut sampler, 1, params, output);
+            let request = SampleRequest {
+                logit_row: 0,
+                slot: 1,
+                output_index: output.len() as u32,
+                mask,
+            };
+            let got = self.sample(&logits, V, &mut sampler, &[request]);
+            assert_eq!((got[0].id, got[0].logprobs.is_some()), (want, false), "sample: {name}");
+        }
+
+        let params = SamplingParams {
+            logprobs: Some(3),
+            prompt_logprobs: Some(1),
+            temperature: 0.0,
+            ..greedy.clone()
+        };
+        self.start(&mut sampler, 0, params, &[]);
+        let request = SampleRequest {
+            logit_row: 0,
+            slot: 0,
+            output_index: 0,
+            mask: mask(&[12]),
+        };
+        let got = self.sample(&logits, V, &mut sampler, &[request]);
+        let total: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+        let logprob = |id: usize| (f64::from(logits[id]) - total.ln()) as f32;
+        let near = |a: f32, b: f32| assert!((a - b).abs() < 1e-4, "logprob {a}, not {b}");
+        let report = got[0].logprobs.as_ref().expect("logprobs were asked for");
+        assert_eq!((got[0].id, report.id), (12, 12));
+        // 700, 3, 11 and 12 itself are at least as likely.
+        assert_eq!(report.rank, 4);
+        near(report.logprob, logprob(12));
+        assert_eq!(report.top.iter().map(|t| t.0).collect::<Vec<_>>(), [700, 3, 11]);
+        report.top.iter().for_each(|&(id, p)| near(p, logprob(id as usize)));
+
+        let mut lt = self.backend.tensor(1, V, DType::F32).expect("tensor");
+        self.backend.write(&mut lt, &logits).expect("write");
+        let mut scores = Vec::new();
+        let request = ScoreRequest {
+            logit_row: 0,
+            slot: 0,
+            next_token: 5,
+        };
+        self.backend
+            .score(&lt, &[request], &mut sampler, &mut scores)
+            .expect("score");
+        assert_eq!((scores[0].id, scores[0].rank, scores[0].top.len()), (5, 5, 1));
+        near(scores[0].logprob, logprob(5));
+
+        // Processed: after temperature and top-k, over what is left.
+        let params = SamplingParams {
+            temperature: 0.5,
+            top_k: 2,
+            logprobs: Some(2),
+            logprobs_mode: LogprobsMode::ProcessedLogprobs,
+            ..greedy
+        };
+        self.start(&mut sampler, 0, params, &[]);
+        let request = SampleRequest {
+            logit_row: 0,
+            slot: 0,
+            output_index: 0,
+            mask: None,
+        };
+        let got = self.sample(&logits, V, &mut sampler, &[request]);
+        let report = got[0].logprobs.as_ref().expect("logprobs were asked for");
+        near(report.top[0].1, -(1.0f32 + (-2.0f32).exp()).ln());
+        near(report.top[1].1, -2.0 - (1.0f32 + (-2.0f32).exp()).ln());
+    }
+
+    /// Feedback, resumption, and independence of neighbours.
+    pub(super) fn sampling_state(&mut self) {
+        const V: usize = 500;
+        let rows: Vec<f32> = self.rng.values(4 * V).iter().map(|x| x * 3.0).collect();
+        let params = |seed| SamplingParams {
+            seed,
+            top_p: 0.95,
+            ..Default::default()
+        };
+        let mut sampler = self.backend.sampler(4, V, 4).expect("sampler");
+        let request = |row: usize, slot, output_index| SampleRequest {
+            logit_row: row,
+            slot,
+            output_index,
+            mask: None,
+        };
+        (0..4).for_each(|slot| self.start(&mut sampler, slot, params(u64::from(slot) << 33 | 7), &[]));
+        let together: Vec<Vec<TokenId>> = (0..8)
+            .map(|i| {
+                let requests: Vec<_> = (0..4).map(|slot| request(slot as usize, slot, i)).collect();
+                self.sample(&rows, V, &mut sampler, &requests)
+                    .iter()
+                    .map(|s| s.id)
+                    .collect()
+            })
+            .collect();
+        assert!(
+            together.iter().any(|ids| *ids != together[0]),
+            "eight draws with different indices are all equal"
+        );
+        // Slot 2's sequence again, alone, in another slot and another row, resumed in the middle.
+        self.start(
+            &mut sampler,
+            0,
+            params(2 << 33 | 7),
+            &together.iter().take(3).map(|ids| ids[2]).collect::<Vec<_>>(),
+        );
+        let row = [&rows[..V], &rows[2 * V..3 * V]].concat();
+        for (i, ids) in together.iter().enumerate().skip(3) {
+            let got = self.sample(&row, V, &mut sampler, &[request(1, 0, i as u32)]);
+            assert_eq!(
+                got[0].id, ids[2],
+                "a draw depends on more than (seed, output index): draw {i}"
+            );
+        }
+
+        const W: usize = 8;
+        let table: Vec<f32> = (0..V * W).map(|i| (i / W % 128) as f32).collect();
+        let wt = self.weight(&[V, W], &table, self.options.vectors);
+        let mut b = layout(&[piece(3, 4, 1), piece(1, 0, 2), piece(0, 9, 1)], 4, 1, 16);
+        b.token_ids = vec![1, 2, 3, 4];
+        (b.feedback[0], b.feedback[2]) = (true, true);
+        let mut batch = self.backend.batch(4, 4, 1).expect("batch");
+        self.backend.set_batch(&mut batch, &b).expect("set_batch");
+        self.backend.feed_back(&mut batch, &sampler).expect("feed_back");
+        let mut x = self.tensor(4, W, &[]);
+        self.backend.embed(&wt, &batch, &mut x).expect("embed");
+        let got = self.read(&x, 4);
+        let id = |t: u32| (t % 128) as f32;
+        assert_eq!(
+            [got[0], got[W], got[2 * W], got[3 * W]],
+            [id(together[7][3]), id(2), id(3), id(together[7][2])],
+            "feed_back"
+        );
+    }
+}

@@ -1,0 +1,469 @@
+//! The little of the CUDA driver API that the backend needs: one device, one stream, memory, modules, launches, graphs.
+//!
+//! The library is loaded at run time (cudarc's `dynamic-loading`), so a binary with this feature starts without a driver.
+//! Launches carry programmatic stream serialization on sm_90 and later: a kernel may begin while its predecessor drains, and
+//! waits (`pdl_wait` in every kernel) before it reads what that wrote.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+use crate::backend::{BackendError, Result};
+
+include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+
+/// A device address. 0 is never a valid one; kernels that take an optional array take 0 for none.
+pub type Address = sys::CUdeviceptr;
+
+/// Turns a driver status into an error that names the operation. Every driver error is fatal: the context is unusable
+/// after a failed kernel, and a failed allocation happens only at start.
+pub fn check(op: &'static str, status: sys::CUresult) -> Result<()> {
+    if status == sys::CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut text = ptr::null();
+    // SAFETY: the driver writes a pointer to a static string.
+    let message = unsafe {
+        if sys::cuGetErrorString(status, &mut text) == sys::CUresult::CUDA_SUCCESS && !text.is_null() {
+            std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned()
+        } else {
+            format!("{status:?}")
+        }
+    };
+    Err(BackendError {
+        op,
+        message,
+        fatal: true,
+    })
+}
+
+/// A CUDA context and its one stream.
+pub struct Device {
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    pub name: String,
+    pub multiprocessors: usize,
+    /// Major · 10 + minor.
+    pub capability: u32,
+    pub free_bytes_at_start: usize,
+    functions: HashMap<String, Function>,
+}
+
+// SAFETY: driver handles may be used from any thread once its current context is set, which `bind` does.
+unsafe impl Send for Device {}
+// SAFETY: as above; the driver locks internally.
+unsafe impl Sync for Device {}
+
+/// A kernel with its shared-memory limit raised.
+#[derive(Clone, Copy)]
+pub struct Function {
+    handle: sys::CUfunction,
+    name: &'static str,
+}
+
+/// Whether a driver is installed.
+pub fn is_available() -> bool {
+    // SAFETY: probes for the library, runs nothing of it.
+    unsafe { sys::is_culib_present() }
+}
+
+impl Device {
+    pub fn open(ordinal: usize) -> Result<Arc<Device>> {
+        if !is_available() {
+            return Err(BackendError {
+                op: "cuda",
+                message: "no CUDA driver (libcuda.so.1) was found".into(),
+                fatal: true,
+            });
+        }
+        // SAFETY: plain driver calls with valid out-pointers.
+        unsafe {
+            check("cuInit", sys::cuInit(0))?;
+            let mut count = 0;
+            check("cuDeviceGetCount", sys::cuDeviceGetCount(&mut count))?;
+            if ordinal >= count as usize {
+                return Err(BackendError {
+                    op: "cuda",
+                    message: format!("device {ordinal} of {count}"),
+                    fatal: true,
+                });
+            }
+            let mut device = 0;
+            check("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal as i32))?;
+            let mut context = ptr::null_mut();
+            check(
+                "cuDevicePrimaryCtxRetain",
+                sys::cuDevicePrimaryCtxRetain(&mut context, device),
+            )?;
+            check("cuCtxSetCurrent", sys::cuCtxSetCurrent(context))?;
+            let attribute = |a| {
+                let mut value = 0;
+                check("cuDeviceGetAttribute", sys::cuDeviceGetAttribute(&mut value, a, device)).map(|()| value as u32)
+            };
+            use sys::CUdevice_attribute_enum as A;
+            let capability = attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? * 10
+                + attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+            if capability < 80 {
+                let message = format!(
+                    "compute capability {}.{} is below 8.0",
+                    capability / 10,
+                    capability % 10
+                );
+                return Err(BackendError {
+                    op: "cuda",
+                    message,
+                    fatal: true,
+                });
+            }
+            let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+            let mut name = [0u8; 128];
+            check(
+                "cuDeviceGetName",
+                sys::cuDeviceGetName(name.as_mut_ptr().cast(), 127, device),
+            )?;
+            let name = String::from_utf8_lossy(&name).trim_end_matches('\0').to_string();
+            let (mut free, mut total) = (0, 0);
+            check("cuMemGetInfo", sys::cuMemGetInfo_v2(&mut free, &mut total))?;
+            let mut stream = ptr::null_mut();
+            let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+            check("cuStreamCreate", sys::cuStreamCreate(&mut stream, flags))?;
+            let mut device = Device {
+                context,
+                stream,
+                name,
+                multiprocessors,
+                capability,
+                free_bytes_at_start: free,
+                functions: HashMap::new(),
+            };
+            device.load_modules()?;
+            Ok(Arc::new(device))
+        }
+    }
+
+    fn load_modules(&mut self) -> Result<()> {
+        for (name, image) in MODULES {
+            // SAFETY: the image is a fatbin from our build; handles are valid out-pointers.
+            unsafe {
+                let mut module = ptr::null_mut();
+                check(name, sys::cuModuleLoadData(&mut module, image.as_ptr().cast()))?;
+                let mut count = 0;
+                check(name, sys::cuModuleGetFunctionCount(&mut count, module))?;
+                let mut handles = vec![ptr::null_mut(); count as usize];
+                check(
+                    name,
+                    sys::cuModuleEnumerateFunctions(handles.as_mut_ptr(), count, module),
+                )?;
+                for handle in handles {
+                    let mut text = ptr::null();
+                    check(name, sys::cuFuncGetName(&mut text, handle))?;
+                    let text = std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned();
+                    // Leaked once per kernel: errors carry a static name.
+                    let function = Function {
+                        handle,
+                        name: String::leak(text.clone()),
+                    };
+                    self.functions.insert(text, function);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernel of this name, allowed `shared_bytes` of dynamic shared memory.
+    pub fn function(&self, name: &str, shared_bytes: usize) -> Result<Function> {
+        let function = *self.functions.get(name).ok_or_else(|| BackendError {
+            op: "cuda",
+            message: format!("the binary holds no kernel {name}"),
+            fatal: true,
+        })?;
+        if shared_bytes > 48 << 10 {
+            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a valid function handle.
+            check(function.name, unsafe {
+                sys::cuFuncSetAttribute(function.handle, attribute, shared_bytes as i32)
+            })?;
+        }
+        Ok(function)
+    }
+
+    /// Makes the context current on the calling thread.
+    pub fn bind(&self) -> Result<()> {
+        // SAFETY: the context lives as long as the process.
+        check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context) })
+    }
+
+    pub fn synchronize(&self, op: &'static str) -> Result<()> {
+        // SAFETY: a valid stream.
+        check(op, unsafe { sys::cuStreamSynchronize(self.stream) })
+    }
+
+    /// Launches `function` with 8-byte argument cells (see [`Arg`]).
+    pub fn launch(
+        &self,
+        function: Function,
+        grid: [usize; 3],
+        threads: usize,
+        shared_bytes: usize,
+        args: &[u64],
+    ) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let mut pointers: [*mut c_void; 32] = [ptr::null_mut(); 32];
+        for (pointer, arg) in pointers.iter_mut().zip(args) {
+            *pointer = ptr::from_ref(arg).cast_mut().cast();
+        }
+        // SAFETY: plain data; zero is a valid bit pattern of every field.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0] as u32,
+            gridDimY: grid[1] as u32,
+            gridDimZ: grid[2] as u32,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: self.stream,
+            attrs: &mut attribute,
+            numAttrs: u32::from(self.capability >= 90),
+        };
+        // SAFETY: the launcher passes the arguments that the kernel's header lists; cells outlive the call, which copies them.
+        check(function.name, unsafe {
+            sys::cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), ptr::null_mut())
+        })
+    }
+
+    /// Runs `body` under stream capture and returns the executable graph of what it launched.
+    pub fn capture(&self, body: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        // SAFETY: valid stream and out-pointers; capture ends whether or not the body failed.
+        unsafe {
+            let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            check("cuStreamBeginCapture", sys::cuStreamBeginCapture_v2(self.stream, mode))?;
+            let outcome = body();
+            let mut graph = ptr::null_mut();
+            let ended = check("cuStreamEndCapture", sys::cuStreamEndCapture(self.stream, &mut graph));
+            outcome?;
+            ended?;
+            let mut executable = ptr::null_mut();
+            let instantiated = check(
+                "cuGraphInstantiate",
+                sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0),
+            );
+            check("cuGraphDestroy", sys::cuGraphDestroy(graph))?;
+            instantiated?;
+            Ok(Graph { executable })
+        }
+    }
+
+    pub fn replay(&self, graph: &Graph) -> Result<()> {
+        // SAFETY: a valid executable graph and stream.
+        check("cuGraphLaunch", unsafe {
+            sys::cuGraphLaunch(graph.executable, self.stream)
+        })
+    }
+}
+
+/// A captured sequence of launches. Lives as long as the process.
+pub struct Graph {
+    executable: sys::CUgraphExec,
+}
+// SAFETY: a driver handle, used under the device's stream.
+unsafe impl Send for Graph {}
+
+/// A kernel argument as an 8-byte cell; the driver reads as many bytes as the parameter has (little endian).
+pub trait Arg {
+    fn arg(self) -> u64;
+}
+impl Arg for Address {
+    fn arg(self) -> u64 {
+        self
+    }
+}
+impl Arg for usize {
+    /// For `int` parameters; sizes are far below 2³¹.
+    fn arg(self) -> u64 {
+        self as u64
+    }
+}
+impl Arg for bool {
+    fn arg(self) -> u64 {
+        u64::from(self)
+    }
+}
+impl Arg for f32 {
+    fn arg(self) -> u64 {
+        u64::from(self.to_bits())
+    }
+}
+
+/// Device memory, zeroed, freed on drop.
+pub struct Memory {
+    device: Arc<Device>,
+    pub address: Address,
+    pub bytes: usize,
+}
+
+impl Memory {
+    pub fn new(device: &Arc<Device>, bytes: usize, op: &'static str) -> Result<Memory> {
+        device.bind()?;
+        let mut address = 0;
+        let bytes = bytes.max(16);
+        // SAFETY: a valid out-pointer; the allocation is as large as the memset.
+        unsafe {
+            check(op, sys::cuMemAlloc_v2(&mut address, bytes)).map_err(|e| BackendError {
+                message: format!("{} ({bytes} bytes)", e.message),
+                ..e
+            })?;
+            check(op, sys::cuMemsetD8Async(address, 0, bytes, device.stream))?;
+        }
+        Ok(Memory {
+            device: device.clone(),
+            address,
+            bytes,
+        })
+    }
+
+    /// Copies pageable host bytes; done when it returns.
+    pub fn upload(&self, offset: usize, data: &[u8], op: &'static str) -> Result<()> {
+        assert!(offset + data.len() <= self.bytes, "{op}: upload past the end");
+        // SAFETY: bounds checked; the copy from pageable memory is staged before the call returns.
+        unsafe {
+            check(
+                op,
+                sys::cuMemcpyHtoDAsync_v2(
+                    self.address + offset as u64,
+                    data.as_ptr().cast(),
+                    data.len(),
+                    self.device.stream,
+                ),
+            )
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Nothing sensible can follow a failed free.
+        // SAFETY: allocated by cuMemAlloc and freed once.
+        unsafe {
+            let _ = sys::cuCtxSetCurrent(self.device.context);
+            let _ = sys::cuMemFree_v2(self.address);
+        }
+    }
+}
+
+/// Copies device bytes to the host and waits for them.
+pub fn download(device: &Device, from: Address, out: &mut [u8], op: &'static str) -> Result<()> {
+    // SAFETY: the caller's range lies in one allocation; the stream is synchronised before `out` is used.
+    check(op, unsafe {
+        sys::cuMemcpyDtoHAsync_v2(out.as_mut_ptr().cast(), from, out.len(), device.stream)
+    })?;
+    device.synchronize(op)
+}
+
+/// Page-locked host memory, the source or target of asynchronous copies.
+pub struct Pinned {
+    device: Arc<Device>,
+    pointer: *mut u8,
+    bytes: usize,
+}
+// SAFETY: plain memory owned by this value.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    pub fn new(device: &Arc<Device>, bytes: usize) -> Result<Pinned> {
+        device.bind()?;
+        let mut pointer = ptr::null_mut();
+        // SAFETY: a valid out-pointer.
+        check("cuMemHostAlloc", unsafe {
+            sys::cuMemHostAlloc(&mut pointer, bytes.max(16), 0)
+        })?;
+        Ok(Pinned {
+            device: device.clone(),
+            pointer: pointer.cast(),
+            bytes: bytes.max(16),
+        })
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: owned memory of this size; every bit pattern is a valid u8.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer, self.bytes) }
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.pointer, self.bytes) }
+    }
+
+    /// Starts a copy of `[from, from + len)` to the device; this memory must stay unchanged until it is done.
+    pub fn send(&self, from: usize, len: usize, to: Address, op: &'static str) -> Result<()> {
+        assert!(from + len <= self.bytes, "{op}: send past the end");
+        // SAFETY: bounds checked here, the target's by the caller that sized it.
+        check(op, unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to, self.pointer.add(from).cast(), len, self.device.stream)
+        })
+    }
+
+    /// Starts a copy of `len` device bytes to the start of this memory.
+    pub fn receive(&mut self, from: Address, len: usize, op: &'static str) -> Result<()> {
+        assert!(len <= self.bytes, "{op}: receive past the end");
+        // SAFETY: bounds checked.
+        check(op, unsafe {
+            sys::cuMemcpyDtoHAsync_v2(self.pointer.cast(), from, len, self.device.stream)
+        })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated by cuMemHostAlloc and freed once.
+        unsafe {
+            let _ = sys::cuCtxSetCurrent(self.device.context);
+            let _ = sys::cuMemFreeHost(self.pointer.cast());
+        }
+    }
+}
+
+/// A point in the stream that the host can wait for.
+pub struct Event {
+    handle: sys::CUevent,
+}
+// SAFETY: a driver handle.
+unsafe impl Send for Event {}
+
+impl Event {
+    pub fn new(device: &Device) -> Result<Event> {
+        device.bind()?;
+        let mut handle = ptr::null_mut();
+        let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: a valid out-pointer.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut handle, flags) })?;
+        Ok(Event { handle })
+    }
+
+    pub fn record(&self, device: &Device) -> Result<()> {
+        // SAFETY: valid handles.
+        check("cuEventRecord", unsafe {
+            sys::cuEventRecord(self.handle, device.stream)
+        })
+    }
+
+    pub fn wait(&self, op: &'static str) -> Result<()> {
+        // SAFETY: a valid handle.
+        check(op, unsafe { sys::cuEventSynchronize(self.handle) })
+    }
+}
+
+/// The driver's version as `major.minor`, for the start log.
+pub fn driver_version() -> Result<String> {
+    let mut version = 0;
+    // SAFETY: a valid out-pointer.
+    check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut version) })?;
+    Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
+}

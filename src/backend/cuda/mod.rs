@@ -1,0 +1,818 @@
+//! The op table on an NVIDIA GPU: our kernels, compiled ahead of time, on one stream.
+//!
+//! Every launcher checks what its kernel's header demands. Nothing here falls back: a shape that no kernel takes is an error at
+//! start or in the step, never a slow path. Activations and weights share one 2-byte type; logits are f32.
+
+mod batch;
+pub mod driver;
+mod linear;
+mod moe;
+mod sampler;
+
+use std::sync::Arc;
+
+use driver::{Address, Arg, Device, Function, Memory};
+
+use crate::backend::{
+    AttentionShape, Backend, BackendError, BatchLayout, DType, HostTensor, Result, RouteShape, SampleRequest,
+    ScoreRequest,
+};
+use crate::step::{SampledToken, StartedSlot, TokenLogprobs};
+
+pub use batch::CudaBatch;
+pub use moe::CudaRouting;
+pub use sampler::CudaSampler;
+
+/// Tokens of a row that one block of attention and short convolution takes.
+pub(super) const PIECE_TOKENS: usize = 32;
+/// Context tokens per split of a decode row's attention; a property of the row alone, so that no sum depends on neighbours.
+pub(super) const SPLIT_TOKENS: usize = 256;
+
+fn bug(op: &'static str, message: String) -> BackendError {
+    BackendError {
+        op,
+        message,
+        fatal: false,
+    }
+}
+
+fn need(op: &'static str, holds: bool, what: impl FnOnce() -> String) -> Result<()> {
+    if holds { Ok(()) } else { Err(bug(op, what())) }
+}
+
+/// An activation matrix `[rows, cols]`.
+pub struct CudaTensor {
+    memory: Memory,
+    rows: usize,
+    cols: usize,
+    dtype: DType,
+    /// Set by `moe_experts`: the value is the sum of this many `[rows, cols]` parts interleaved by row at this address, in
+    /// order. `add_rms_norm` reads the parts and adds them as it goes.
+    parts: Option<(Address, usize)>,
+}
+
+impl CudaTensor {
+    fn address(&self) -> Address {
+        self.memory.address
+    }
+}
+
+/// A parameter in the checkpoint's row-major layout, `[rows, cols]` or a vector.
+pub struct CudaWeight {
+    memory: Memory,
+    /// Product of all dimensions but the last.
+    rows: usize,
+    cols: usize,
+    dtype: DType,
+}
+
+pub struct CudaKvCache {
+    k: Memory,
+    v: Memory,
+    block_size: usize,
+}
+
+pub struct CudaConvState {
+    memory: Memory,
+    taps: usize,
+    hidden: usize,
+}
+
+pub struct CudaBackend {
+    device: Arc<Device>,
+    dtype: DType,
+    /// The kernels' name for the element type.
+    suffix: &'static str,
+    /// `[D / 2]` f32 of the last rope theta asked for.
+    inverse_frequency: Option<(f64, Memory)>,
+    /// f32 partial sums of matrix products whose K is split over blocks, and a zeroed arrival counter per tile.
+    split_partial: Memory,
+    split_arrived: Memory,
+    /// `[splits, Nq, 66]` f32 partial results of decode attention.
+    attention_partial: Option<Memory>,
+    /// `Σ` over decode rows of their splits that `attention_partial` has room for.
+    attention_splits: usize,
+}
+
+const SPLIT_PARTIAL_BYTES: usize = 64 << 20;
+const SPLIT_TILES: usize = 16 << 10;
+
+impl CudaBackend {
+    /// # Errors
+    /// No driver, no such device, compute capability below 8.0, or an activation type that is not 2 bytes.
+    pub fn new(ordinal: usize, dtype: DType) -> Result<CudaBackend> {
+        let suffix = match dtype {
+            DType::Bf16 => "bf16",
+            DType::F16 => "f16",
+            DType::F32 => {
+                let message = "--dtype float32 runs on --device cpu; the CUDA engine takes bfloat16 and float16".into();
+                return Err(BackendError {
+                    op: "cuda",
+                    message,
+                    fatal: true,
+                });
+            }
+        };
+        let device = Device::open(ordinal)?;
+        Ok(CudaBackend {
+            split_partial: Memory::new(&device, SPLIT_PARTIAL_BYTES, "workspace")?,
+            split_arrived: Memory::new(&device, SPLIT_TILES * 4, "workspace")?,
+            device,
+            dtype,
+            suffix,
+            inverse_frequency: None,
+            attention_partial: None,
+            attention_splits: 0,
+        })
+    }
+
+    fn kernel(&self, name: &str, shared_bytes: usize) -> Result<Function> {
+        self.device.function(&format!("{name}_{}", self.suffix), shared_bytes)
+    }
+
+    fn whole(&self, op: &'static str, x: &CudaTensor, rows: usize) -> Result<()> {
+        need(op, x.parts.is_none(), || {
+            "the input is a sum of parts, which only add_rms_norm reads".into()
+        })?;
+        need(op, rows <= x.rows, || format!("{rows} rows of a tensor of {}", x.rows))
+    }
+
+    fn upload_weight(&self, parts: &[HostTensor<'_>], shape: (usize, usize), dtype: DType) -> Result<CudaWeight> {
+        let (rows, cols) = shape;
+        let memory = Memory::new(&self.device, rows * cols * dtype.size_bytes(), "weight")?;
+        let mut offset = 0;
+        for part in parts {
+            let elements: usize = part.shape.iter().product();
+            if part.dtype == dtype {
+                memory.upload(offset, part.data, "weight")?;
+            } else {
+                memory.upload(offset, &convert(part, dtype), "weight")?;
+            }
+            offset += elements * dtype.size_bytes();
+        }
+        need(
+            "weight",
+            offset == memory.bytes.min(rows * cols * dtype.size_bytes()),
+            || format!("{offset} bytes for a weight of [{rows}, {cols}]"),
+        )?;
+        Ok(CudaWeight {
+            memory,
+            rows,
+            cols,
+            dtype,
+        })
+    }
+
+    fn norm_shape(&self, op: &'static str, weight: &CudaWeight, x: &CudaTensor) -> Result<()> {
+        need(
+            op,
+            weight.dtype == self.dtype && weight.cols == x.cols && x.cols.is_multiple_of(8) && x.cols <= 8 * 256 * 4,
+            || {
+                format!(
+                    "a norm over {} with a {} weight of {}",
+                    x.cols, weight.dtype, weight.cols
+                )
+            },
+        )
+    }
+
+    fn inverse_frequency(&mut self, shape: &AttentionShape) -> Result<Address> {
+        if !matches!(&self.inverse_frequency, Some((theta, _)) if *theta == shape.rope_theta) {
+            let memory = Memory::new(&self.device, shape.head_dim / 2 * 4, "rope")?;
+            let values: Vec<u8> = (0..shape.head_dim / 2)
+                .flat_map(|j| (shape.rope_theta.powf(-2.0 * j as f64 / shape.head_dim as f64) as f32).to_le_bytes())
+                .collect();
+            memory.upload(0, &values, "rope")?;
+            self.device.synchronize("rope")?;
+            self.inverse_frequency = Some((shape.rope_theta, memory));
+        }
+        Ok(self.inverse_frequency.as_ref().map_or(0, |(_, m)| m.address))
+    }
+}
+
+/// Host conversion between storage types, through f32.
+fn convert(part: &HostTensor<'_>, dtype: DType) -> Vec<u8> {
+    let size = part.dtype.size_bytes();
+    let mut out = Vec::with_capacity(part.data.len() / size * dtype.size_bytes());
+    for bytes in part.data.chunks_exact(size) {
+        let value = match part.dtype {
+            DType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+            DType::F16 => half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+            DType::Bf16 => half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+        };
+        match dtype {
+            DType::F32 => out.extend_from_slice(&value.to_le_bytes()),
+            DType::F16 => out.extend_from_slice(&half::f16::from_f32(value).to_le_bytes()),
+            DType::Bf16 => out.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
+        }
+    }
+    out
+}
+
+fn decode_f32(dtype: DType, bytes: &[u8], out: &mut Vec<f32>) {
+    match dtype {
+        DType::F32 => out.extend(
+            bytes
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        ),
+        DType::F16 => out.extend(
+            bytes
+                .chunks_exact(2)
+                .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()),
+        ),
+        DType::Bf16 => out.extend(
+            bytes
+                .chunks_exact(2)
+                .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+        ),
+    }
+}
+
+impl Backend for CudaBackend {
+    type Tensor = CudaTensor;
+    type Weight = CudaWeight;
+    type KvCache = CudaKvCache;
+    type ConvState = CudaConvState;
+    type Batch = CudaBatch;
+    type Routing = CudaRouting;
+    type Sampler = CudaSampler;
+
+    fn describe(&self) -> String {
+        let matrix = "mma.sync tiles, register-streamed skinny products";
+        format!(
+            "CUDA device {} (sm_{}, {} SMs, driver {}), {} activations, {matrix}",
+            self.device.name,
+            self.device.capability,
+            self.device.multiprocessors,
+            driver::driver_version().unwrap_or_default(),
+            self.dtype,
+        )
+    }
+
+    fn memory_bytes(&self) -> Result<usize> {
+        Ok(self.device.free_bytes_at_start)
+    }
+
+    fn read_bandwidth(&mut self) -> Result<f64> {
+        const BYTES: usize = 4 << 30;
+        const PASSES: usize = 5;
+        let buffer = Memory::new(&self.device, BYTES, "read_bandwidth")?;
+        let function = self.device.function("read_bandwidth", 0)?;
+        let args = [
+            buffer.address.arg(),
+            (BYTES / 16).arg(),
+            self.split_partial.address.arg(),
+        ];
+        let grid = [self.device.multiprocessors * 4, 1, 1];
+        let mut best = f64::INFINITY;
+        for _ in 0..PASSES {
+            self.device.synchronize("read_bandwidth")?;
+            let start = std::time::Instant::now();
+            self.device.launch(function, grid, 512, 0, &args)?;
+            self.device.synchronize("read_bandwidth")?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        Ok(BYTES as f64 / best)
+    }
+
+    fn activation_dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn tensor(&mut self, rows: usize, cols: usize, dtype: DType) -> Result<CudaTensor> {
+        let memory = Memory::new(&self.device, rows * cols * dtype.size_bytes(), "workspace")?;
+        Ok(CudaTensor {
+            memory,
+            rows,
+            cols,
+            dtype,
+            parts: None,
+        })
+    }
+
+    fn weight(&mut self, host: HostTensor<'_>, dtype: DType) -> Result<CudaWeight> {
+        let cols = host.shape.last().copied().unwrap_or(1);
+        let rows = host.shape.iter().product::<usize>() / cols.max(1);
+        self.upload_weight(&[host], (rows, cols), dtype)
+    }
+
+    fn weight_rows(&mut self, parts: &[HostTensor<'_>], dtype: DType) -> Result<CudaWeight> {
+        let cols = parts.first().and_then(|p| p.shape.last()).copied().unwrap_or(1);
+        let rows = parts
+            .iter()
+            .map(|p| p.shape.iter().product::<usize>() / cols.max(1))
+            .sum();
+        self.upload_weight(parts, (rows, cols), dtype)
+    }
+
+    fn weight_experts(&mut self, parts: &[Vec<HostTensor<'_>>], dtype: DType) -> Result<CudaWeight> {
+        let flat: Vec<HostTensor<'_>> = parts.iter().flatten().copied().collect();
+        self.weight_rows(&flat, dtype)
+    }
+
+    fn kv_cache(
+        &mut self,
+        num_blocks: usize,
+        block_size: usize,
+        shape: &AttentionShape,
+        dtype: DType,
+    ) -> Result<CudaKvCache> {
+        need(
+            "kv_cache",
+            shape.head_dim == 64 && block_size.is_multiple_of(16),
+            || {
+                format!(
+                    "head_dim {} (64 is built) and block size {block_size} (a multiple of 16)",
+                    shape.head_dim
+                )
+            },
+        )?;
+        let group = shape.num_q_heads / shape.num_kv_heads.max(1);
+        need(
+            "kv_cache",
+            group * shape.num_kv_heads == shape.num_q_heads && group <= 4,
+            || {
+                format!(
+                    "{} query heads over {} KV heads (groups of 1 to 4 are built)",
+                    shape.num_q_heads, shape.num_kv_heads
+                )
+            },
+        )?;
+        need("kv_cache", dtype == self.dtype, || {
+            format!("KV in {dtype} with {} activations is not built", self.dtype)
+        })?;
+        let bytes = num_blocks * block_size * shape.num_kv_heads * shape.head_dim * dtype.size_bytes();
+        if self.attention_partial.is_none() {
+            self.attention_splits = (num_blocks * block_size / SPLIT_TOKENS + 4096).min(64 << 10);
+            let partial = self.attention_splits * shape.num_q_heads * 66 * 4;
+            self.attention_partial = Some(Memory::new(&self.device, partial, "workspace")?);
+        }
+        Ok(CudaKvCache {
+            k: Memory::new(&self.device, bytes, "kv_cache")?,
+            v: Memory::new(&self.device, bytes, "kv_cache")?,
+            block_size,
+        })
+    }
+
+    fn conv_state(&mut self, slots: usize, taps: usize, hidden: usize) -> Result<CudaConvState> {
+        need(
+            "conv_state",
+            (2..=4).contains(&taps) && hidden.is_multiple_of(2),
+            || format!("{taps} taps (2 to 4 are built) over {hidden} channels"),
+        )?;
+        let memory = Memory::new(
+            &self.device,
+            slots * (taps - 1) * hidden * self.dtype.size_bytes(),
+            "conv_state",
+        )?;
+        Ok(CudaConvState { memory, taps, hidden })
+    }
+
+    fn batch(&mut self, max_tokens: usize, max_rows: usize, max_blocks_per_row: usize) -> Result<CudaBatch> {
+        CudaBatch::new(&self.device, max_tokens, max_rows, max_blocks_per_row)
+    }
+
+    fn routing(&mut self, max_tokens: usize, shape: &RouteShape, hidden: usize, ffn: usize) -> Result<CudaRouting> {
+        CudaRouting::new(&self.device, max_tokens, shape, hidden, ffn, self.dtype)
+    }
+
+    fn sampler(&mut self, slots: usize, vocab: usize, max_rows: usize) -> Result<CudaSampler> {
+        CudaSampler::new(&self.device, slots, vocab, max_rows)
+    }
+
+    fn set_batch(&mut self, batch: &mut CudaBatch, layout: &BatchLayout) -> Result<()> {
+        self.device.bind()?;
+        batch.set(&self.device, layout, self.attention_splits)
+    }
+
+    fn feed_back(&mut self, batch: &mut CudaBatch, sampler: &CudaSampler) -> Result<()> {
+        if !batch.any_feedback {
+            return Ok(());
+        }
+        let function = self.device.function("feed_back", 0)?;
+        self.device.launch(
+            function,
+            [batch.rows.div_ceil(128), 1, 1],
+            128,
+            0,
+            &[
+                batch.token_ids().arg(),
+                batch.row_starts().arg(),
+                batch.slots().arg(),
+                batch.feedback().arg(),
+                sampler.last_sampled().arg(),
+                batch.rows.arg(),
+            ],
+        )
+    }
+
+    fn read(&mut self, x: &CudaTensor, rows: usize, out: &mut Vec<f32>) -> Result<()> {
+        self.device.bind()?;
+        need("read", rows <= x.rows, || {
+            format!("{rows} rows of a tensor of {}", x.rows)
+        })?;
+        out.clear();
+        let (from, parts) = x.parts.unwrap_or((x.address(), 1));
+        let mut bytes = vec![0; rows * parts * x.cols * x.dtype.size_bytes()];
+        driver::download(&self.device, from, &mut bytes, "read")?;
+        let mut values = Vec::new();
+        decode_f32(x.dtype, &bytes, &mut values);
+        for row in values.chunks_exact(parts * x.cols) {
+            out.extend((0..x.cols).map(|c| row.iter().skip(c).step_by(x.cols).sum::<f32>()));
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, x: &mut CudaTensor, values: &[f32]) -> Result<()> {
+        self.device.bind()?;
+        need("write", values.len() <= x.rows * x.cols, || {
+            format!("{} values into [{}, {}]", values.len(), x.rows, x.cols)
+        })?;
+        x.parts = None;
+        let raw: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let host = HostTensor {
+            dtype: DType::F32,
+            shape: &[values.len()],
+            data: &raw,
+        };
+        x.memory.upload(0, &convert(&host, x.dtype), "write")
+    }
+
+    fn embed(&mut self, table: &CudaWeight, batch: &CudaBatch, out: &mut CudaTensor) -> Result<()> {
+        need(
+            "embed",
+            table.dtype == out.dtype
+                && table.cols == out.cols
+                && table.cols.is_multiple_of(8)
+                && batch.tokens <= out.rows,
+            || {
+                format!(
+                    "a table of width {} into [{}, {}] for {} tokens",
+                    table.cols, out.rows, out.cols, batch.tokens
+                )
+            },
+        )?;
+        out.parts = None;
+        let vectors = table.cols * table.dtype.size_bytes() / 16;
+        let function = self.device.function("gather_rows", 0)?;
+        let args = [
+            table.memory.address.arg(),
+            batch.token_ids().arg(),
+            out.address().arg(),
+            vectors.arg(),
+        ];
+        self.device.launch(function, [batch.tokens, 1, 1], 256, 0, &args)
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        weight: &CudaWeight,
+        eps: f32,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        self.whole("rms_norm", x, rows)?;
+        self.norm_shape("rms_norm", weight, x)?;
+        out.parts = None;
+        let args = [
+            x.address().arg(),
+            weight.memory.address.arg(),
+            eps.arg(),
+            out.address().arg(),
+            x.cols.arg(),
+        ];
+        self.device
+            .launch(self.kernel("rms_norm", 0)?, [rows, 1, 1], 256, 0, &args)
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        residual: &mut CudaTensor,
+        delta: &CudaTensor,
+        rows: usize,
+        weight: &CudaWeight,
+        eps: f32,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        self.norm_shape("add_rms_norm", weight, residual)?;
+        need(
+            "add_rms_norm",
+            rows <= residual.rows.min(delta.rows).min(out.rows) && delta.cols == residual.cols,
+            || {
+                format!(
+                    "{rows} rows of [{}, {}] plus [{}, {}]",
+                    residual.rows, residual.cols, delta.rows, delta.cols
+                )
+            },
+        )?;
+        out.parts = None;
+        let (from, parts) = delta.parts.unwrap_or((delta.address(), 1));
+        let args = [
+            residual.address().arg(),
+            from.arg(),
+            parts.arg(),
+            weight.memory.address.arg(),
+            eps.arg(),
+            out.address().arg(),
+            residual.cols.arg(),
+        ];
+        self.device
+            .launch(self.kernel("add_rms_norm", 0)?, [rows, 1, 1], 256, 0, &args)
+    }
+
+    fn linear(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        w: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        self.whole("linear", x, rows)?;
+        out.parts = None;
+        self.matrix_product(x, rows, w, bias, out)
+    }
+
+    fn qk_norm_rope_kv(
+        &mut self,
+        qkv: &mut CudaTensor,
+        q_norm: &CudaWeight,
+        k_norm: &CudaWeight,
+        shape: &AttentionShape,
+        batch: &CudaBatch,
+        kv: &mut CudaKvCache,
+    ) -> Result<()> {
+        let heads = shape.num_q_heads + 2 * shape.num_kv_heads;
+        need(
+            "qk_norm_rope_kv",
+            shape.head_dim == 64 && qkv.cols == heads * 64 && q_norm.dtype == self.dtype && k_norm.dtype == self.dtype,
+            || format!("{heads} heads of {} in {} columns", shape.head_dim, qkv.cols),
+        )?;
+        let frequency = self.inverse_frequency(shape)?;
+        let args = [
+            qkv.address().arg(),
+            q_norm.memory.address.arg(),
+            k_norm.memory.address.arg(),
+            frequency.arg(),
+            batch.positions().arg(),
+            batch.slot_mapping().arg(),
+            kv.k.address.arg(),
+            kv.v.address.arg(),
+            shape.num_q_heads.arg(),
+            shape.num_kv_heads.arg(),
+            kv.block_size.arg(),
+            shape.norm_eps.arg(),
+        ];
+        self.device.launch(
+            self.kernel("qk_norm_rope_kv", 0)?,
+            [batch.tokens, heads.div_ceil(8), 1],
+            256,
+            0,
+            &args,
+        )
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &CudaTensor,
+        shape: &AttentionShape,
+        batch: &CudaBatch,
+        kv: &CudaKvCache,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        out.parts = None;
+        let partial = self.attention_partial.as_ref().map_or(0, |m| m.address);
+        let group = shape.num_q_heads / shape.num_kv_heads;
+        let args = |split_tokens: usize| {
+            [
+                qkv.address().arg(),
+                kv.k.address.arg(),
+                kv.v.address.arg(),
+                batch.block_tables().arg(),
+                batch.piece_row().arg(),
+                batch.piece_start().arg(),
+                batch.row_starts().arg(),
+                batch.context_lens().arg(),
+                out.address().arg(),
+                partial.arg(),
+                shape.num_q_heads.arg(),
+                shape.num_kv_heads.arg(),
+                kv.block_size.arg(),
+                batch.max_blocks.arg(),
+                shape.scale.arg(),
+                PIECE_TOKENS.arg(),
+                split_tokens.arg(),
+            ]
+        };
+        need("attention", group * PIECE_TOKENS <= 128, || {
+            format!("groups of {group} query heads")
+        })?;
+        if batch.any_prefill {
+            let function = self.kernel("attention_prefill", 0)?;
+            self.device
+                .launch(function, [batch.pieces, shape.num_kv_heads, 1], 256, 0, &args(1 << 30))?;
+        }
+        if batch.any_decode {
+            let function = self.kernel("attention_decode", 0)?;
+            let grid = [batch.pieces, shape.num_kv_heads, batch.max_splits];
+            self.device.launch(function, grid, 32, 0, &args(batch.split_tokens))?;
+            let merge = [
+                partial.arg(),
+                batch.row_starts().arg(),
+                batch.context_lens().arg(),
+                batch.slots().arg(),
+                out.address().arg(),
+                shape.num_q_heads.arg(),
+                batch.max_splits.arg(),
+                batch.split_tokens.arg(),
+            ];
+            let function = self.kernel("attention_merge", 0)?;
+            self.device
+                .launch(function, [batch.rows, shape.num_q_heads.div_ceil(4), 1], 128, 0, &merge)?;
+        }
+        Ok(())
+    }
+
+    fn short_conv(
+        &mut self,
+        bcx: &CudaTensor,
+        taps: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        batch: &CudaBatch,
+        state: &mut CudaConvState,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        need(
+            "short_conv",
+            bcx.cols == 3 * state.hidden
+                && out.cols == state.hidden
+                && taps.dtype == self.dtype
+                && taps.rows * taps.cols == state.hidden * state.taps,
+            || {
+                format!(
+                    "{} columns for {} channels of {} taps",
+                    bcx.cols, state.hidden, state.taps
+                )
+            },
+        )?;
+        out.parts = None;
+        let h = state.hidden;
+        let function = self
+            .device
+            .function(&format!("short_conv_{}_{}", self.suffix, state.taps), 0)?;
+        let args = [
+            bcx.address().arg(),
+            taps.memory.address.arg(),
+            bias.map_or(0, |b| b.memory.address).arg(),
+            state.memory.address.arg(),
+            batch.piece_row().arg(),
+            batch.piece_start().arg(),
+            batch.row_starts().arg(),
+            batch.slots().arg(),
+            batch.reset_conv().arg(),
+            out.address().arg(),
+            h.arg(),
+        ];
+        self.device
+            .launch(function, [batch.pieces, h.div_ceil(256), 1], 128, 0, &args)?;
+        let function = self
+            .device
+            .function(&format!("short_conv_state_{}_{}", self.suffix, state.taps), 0)?;
+        let args = [
+            bcx.address().arg(),
+            state.memory.address.arg(),
+            batch.row_starts().arg(),
+            batch.slots().arg(),
+            batch.reset_conv().arg(),
+            h.arg(),
+        ];
+        self.device
+            .launch(function, [batch.rows, h.div_ceil(512), 1], 256, 0, &args)
+    }
+
+    fn swiglu(&mut self, gate_up: &CudaTensor, rows: usize, out: &mut CudaTensor) -> Result<()> {
+        self.whole("swiglu", gate_up, rows)?;
+        need(
+            "swiglu",
+            gate_up.cols == 2 * out.cols && out.cols.is_multiple_of(8) && rows <= out.rows,
+            || format!("[{}] into [{}]", gate_up.cols, out.cols),
+        )?;
+        out.parts = None;
+        let blocks = (rows * out.cols / 8)
+            .div_ceil(256)
+            .min(self.device.multiprocessors * 16);
+        let args = [gate_up.address().arg(), out.address().arg(), rows.arg(), out.cols.arg()];
+        self.device
+            .launch(self.kernel("swiglu", 0)?, [blocks, 1, 1], 256, 0, &args)
+    }
+
+    fn moe_route(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        gate: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        shape: &RouteShape,
+        routing: &mut CudaRouting,
+    ) -> Result<()> {
+        self.whole("moe_route", x, rows)?;
+        self.route(x, rows, gate, bias, shape, routing)
+    }
+
+    fn moe_experts(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        w13: &CudaWeight,
+        w2: &CudaWeight,
+        routing: &mut CudaRouting,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        self.whole("moe_experts", x, rows)?;
+        self.experts(x, rows, w13, w2, routing, out)
+    }
+
+    fn gather_logit_rows(&mut self, x: &CudaTensor, batch: &CudaBatch, out: &mut CudaTensor) -> Result<()> {
+        self.whole("gather_logit_rows", x, 0)?;
+        need(
+            "gather_logit_rows",
+            x.cols == out.cols && batch.logit_rows <= out.rows,
+            || format!("{} rows into a tensor of {}", batch.logit_rows, out.rows),
+        )?;
+        out.parts = None;
+        let function = self.device.function("gather_rows", 0)?;
+        let vectors = x.cols * x.dtype.size_bytes() / 16;
+        let args = [
+            x.address().arg(),
+            batch.logit_tokens().arg(),
+            out.address().arg(),
+            vectors.arg(),
+        ];
+        self.device.launch(function, [batch.logit_rows, 1, 1], 256, 0, &args)
+    }
+
+    fn start_slot(&mut self, sampler: &mut CudaSampler, started: &StartedSlot) -> Result<()> {
+        self.device.bind()?;
+        sampler.start(&self.device, started)
+    }
+
+    fn sample(&mut self, logits: &CudaTensor, requests: &[SampleRequest], sampler: &mut CudaSampler) -> Result<()> {
+        self.device.bind()?;
+        for request in requests {
+            need(
+                "sample",
+                request.logit_row < logits.rows && logits.cols == sampler.vocab(),
+                || format!("row {} of logits [{}, {}]", request.logit_row, logits.rows, logits.cols),
+            )?;
+        }
+        sampler.sample(&self.device, logits.address(), requests)
+    }
+
+    fn sampled(&mut self, sampler: &mut CudaSampler, out: &mut Vec<SampledToken>) -> Result<()> {
+        self.device.bind()?;
+        sampler.sampled(out)
+    }
+
+    fn score(
+        &mut self,
+        logits: &CudaTensor,
+        requests: &[ScoreRequest],
+        sampler: &mut CudaSampler,
+        out: &mut Vec<TokenLogprobs>,
+    ) -> Result<()> {
+        self.device.bind()?;
+        for request in requests {
+            need(
+                "score",
+                request.logit_row < logits.rows && logits.cols == sampler.vocab(),
+                || format!("row {} of logits [{}, {}]", request.logit_row, logits.rows, logits.cols),
+            )?;
+        }
+        sampler.score(&self.device, logits.address(), requests, out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::conformance::{Options, Shapes, conformance};
+
+    /// Needs a GPU: `kernels/gpu-check` runs it.
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn conforms_to_the_op_table() {
+        for dtype in [DType::Bf16, DType::F16] {
+            let mut options = Options::new(2e-2);
+            options.weights = vec![dtype];
+            options.vectors = dtype;
+            options.kv = vec![dtype];
+            // Different kernels take different numbers of rows.
+            options.batch_invariant = false;
+            options.rows = vec![1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 130, 200, 512];
+            options.shapes = Shapes::aligned();
+            conformance(&mut CudaBackend::new(0, dtype).expect("a device"), &options);
+        }
+    }
+}

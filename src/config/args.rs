@@ -1,0 +1,229 @@
+//! The flags as typed, one struct per group of `vllm serve --help`.
+//!
+//! This is the border between `cli`, which fills the structs from its flag table (field names are the flags' names with
+//! `_`), and [`resolve`](super::resolve), which decides what they mean. Flags that are refused or without effect are
+//! settled by the table and do not appear.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::DeviceKind;
+
+/// What `rvllm serve` was asked for.
+#[derive(Clone, Debug)]
+pub struct ServeArgs {
+    /// Hub id, directory or `demo`; none = vLLM's default model.
+    pub model: Option<String>,
+    /// The model was the positional argument, not `--model`.
+    pub model_is_positional: bool,
+    pub general: GeneralArgs,
+    pub frontend: FrontendArgs,
+    pub model_args: ModelArgs,
+    pub load: LoadArgs,
+    pub structured_outputs: StructuredOutputsArgs,
+    pub parallel: ParallelArgs,
+    pub cache: CacheArgs,
+    pub scheduler: SchedulerArgs,
+    pub logging: LoggingArgs,
+    pub vllm: VllmArgs,
+    pub device: DeviceChoice,
+    /// `--dry-run`: decide, print, stop.
+    pub dry_run: bool,
+    /// What the command line said that has no effect or is deprecated; one log line each.
+    pub notices: Vec<Notice>,
+}
+
+/// A line to log once logging is set up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    Info(String),
+    Warning(String),
+}
+
+/// `--device`, which vLLM had before it chose by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeviceChoice {
+    #[default]
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct GeneralArgs {
+    pub disable_log_stats: bool,
+    pub shutdown_timeout: i64,
+    pub enable_log_requests: bool,
+    pub fail_on_environ_validation: bool,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct FrontendArgs {
+    pub chat_template: Option<String>,
+    pub trust_request_chat_template: bool,
+    pub default_chat_template_kwargs: Option<Map<String, Value>>,
+    pub response_role: String,
+    pub return_tokens_as_token_ids: bool,
+    pub enable_auto_tool_choice: bool,
+    pub exclude_tools_when_tool_choice_none: bool,
+    pub tool_call_parser: Option<String>,
+    pub enable_prompt_tokens_details: bool,
+    pub enable_force_include_usage: bool,
+    pub sse_keep_alive_interval: i64,
+    pub fingerprint_mode: FingerprintMode,
+    pub fingerprint_value: Option<String>,
+    pub host: Option<String>,
+    pub port: i64,
+    pub uvicorn_log_level: String,
+    pub disable_uvicorn_access_log: bool,
+    pub disable_access_log_for_endpoints: Option<String>,
+    pub allow_credentials: bool,
+    pub allowed_origins: Vec<String>,
+    pub allowed_methods: Vec<String>,
+    pub allowed_headers: Vec<String>,
+    pub api_key: Option<Vec<String>>,
+    pub root_path: Option<String>,
+    pub enable_request_id_headers: bool,
+}
+
+/// How `system_fingerprint` is made.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum FingerprintMode {
+    Custom,
+    Full,
+    Hash,
+    None,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct ModelArgs {
+    pub tokenizer: Option<String>,
+    pub dtype: String,
+    pub seed: i64,
+    pub hf_config_path: Option<String>,
+    pub revision: Option<String>,
+    pub tokenizer_revision: Option<String>,
+    /// -1 = as long as fits.
+    pub max_model_len: Option<i64>,
+    pub enforce_eager: bool,
+    pub max_logprobs: i64,
+    pub logprobs_mode: String,
+    pub served_model_name: Option<Vec<String>>,
+    /// A token, or `true` for the stored one.
+    pub hf_token: Option<Value>,
+    pub hf_overrides: Value,
+    pub generation_config: String,
+    pub override_generation_config: Map<String, Value>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct LoadArgs {
+    pub load_format: String,
+    pub download_dir: Option<String>,
+    pub ignore_patterns: Vec<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct StructuredOutputsArgs {
+    pub reasoning_parser: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct ParallelArgs {
+    pub device_ids: Option<String>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct CacheArgs {
+    pub block_size: Option<i64>,
+    pub gpu_memory_utilization: f64,
+    pub kv_cache_memory_bytes: Option<i64>,
+    pub kv_cache_dtype: String,
+    pub num_gpu_blocks_override: Option<i64>,
+    pub enable_prefix_caching: Option<bool>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct SchedulerArgs {
+    pub max_num_batched_tokens: Option<i64>,
+    pub max_num_seqs: Option<i64>,
+    pub max_num_queued_reqs: Option<i64>,
+    pub max_num_queued_tokens: Option<i64>,
+    pub long_prefill_token_threshold: i64,
+    pub scheduling_policy: String,
+    pub enable_chunked_prefill: Option<bool>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct LoggingArgs {
+    pub log_level: Option<String>,
+    pub logging_config: Option<Map<String, Value>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct VllmArgs {
+    pub performance_mode: String,
+}
+
+/// What `rvllm bench latency` and `rvllm bench throughput` were asked for.
+#[derive(Clone, Debug)]
+pub struct BenchArgs {
+    pub kind: BenchKind,
+    /// Prompt tokens.
+    pub input_len: usize,
+    /// Generated tokens per sequence.
+    pub output_len: usize,
+    /// Sequences per prompt.
+    pub n: usize,
+    pub output_json: Option<std::path::PathBuf>,
+    pub disable_detokenize: bool,
+    /// The engine flags.
+    pub engine: ServeArgs,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BenchKind {
+    /// Seconds for one batch, over iterations.
+    Latency {
+        batch_size: usize,
+        num_iters_warmup: usize,
+        num_iters: usize,
+    },
+    /// Tokens per second over many prompts sent at once.
+    Throughput { num_prompts: usize },
+}
+
+/// What the machine offers; found once at start, a value so that tests can choose it.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Threads that may run at once.
+    pub cpu_threads: usize,
+    pub gpus: Vec<Gpu>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Gpu {
+    pub name: String,
+    pub memory_bytes: u64,
+}
+
+impl Machine {
+    /// This machine. GPUs are listed by builds that can use them.
+    pub fn probe() -> Self {
+        let cpu_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        Self {
+            cpu_threads,
+            gpus: Vec::new(),
+        }
+    }
+
+    /// The device itself, when `kind` is one.
+    pub fn gpu(&self, kind: DeviceKind) -> Option<&Gpu> {
+        match kind {
+            DeviceKind::Cpu => None,
+            DeviceKind::Cuda { ordinal } => self.gpus.get(ordinal),
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Environment variables: vLLM's names, and what becomes of those that have no meaning here.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::LazyLock;
+
+use super::args::Notice;
+use super::resolve::ConfigError;
+
+/// Every `VLLM_*` name of vLLM 0.33.
+static KNOWN: LazyLock<HashSet<&str>> = LazyLock::new(|| include_str!("vllm_variables.txt").lines().collect());
+
+/// Those that change something here.
+const HONOURED: [&str; 10] = [
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+    "VLLM_API_KEY",
+    "VLLM_CONFIGURE_LOGGING",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_HTTP_MAX_REQUEST_BODY_SIZE",
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
+    "VLLM_LOGGING_COLOR",
+    "VLLM_LOGGING_LEVEL",
+    "VLLM_LOGGING_STREAM",
+    "VLLM_LOG_STATS_INTERVAL",
+];
+
+/// A copy of the environment, so that its meaning can be tested.
+#[derive(Clone, Debug, Default)]
+pub struct Environment {
+    variables: BTreeMap<String, String>,
+}
+
+impl Environment {
+    /// This process's. Variables that are no UTF-8 are left out.
+    pub fn of_process() -> Self {
+        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        };
+        std::env::vars_os().filter_map(text).collect()
+    }
+
+    /// The variable's value; an empty one counts as unset.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.variables
+            .get(name)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
+    }
+
+    /// True for 1, true, yes and on.
+    pub fn is_on(&self, name: &str) -> bool {
+        let value = self.get(name).unwrap_or_default().to_ascii_lowercase();
+        matches!(value.as_str(), "1" | "true" | "yes" | "on")
+    }
+
+    /// # Errors
+    /// The variable is set and is no `T`; the message names it.
+    pub fn parsed<T: std::str::FromStr>(&self, name: &str) -> Result<Option<T>, ConfigError> {
+        let parse = |text: &str| {
+            text.trim()
+                .parse()
+                .map_err(|_| ConfigError::new(name, format!("'{text}' is not a valid value")))
+        };
+        self.get(name).map(parse).transpose()
+    }
+
+    /// What to log about the `VLLM_*` variables.
+    ///
+    /// # Errors
+    /// A variable asks for what cannot be done; or `fail_on_unknown` and a name is unknown.
+    pub fn check(&self, fail_on_unknown: bool) -> Result<Vec<Notice>, ConfigError> {
+        if self.is_on("VLLM_USE_MODELSCOPE") {
+            let message = "models come from the Hugging Face hub or a directory; unset it";
+            return Err(ConfigError::new("VLLM_USE_MODELSCOPE", message));
+        }
+        if self.get("VLLM_PLUGINS").is_some() {
+            return Err(ConfigError::new(
+                "VLLM_PLUGINS",
+                "Python plugins cannot be loaded; unset it",
+            ));
+        }
+        let set = || {
+            self.variables
+                .keys()
+                .map(String::as_str)
+                .filter(|name| name.starts_with("VLLM_"))
+        };
+        let mut notices = Vec::new();
+        let ineffective: Vec<&str> = set()
+            .filter(|name| KNOWN.contains(name) && !HONOURED.contains(name))
+            .collect();
+        if !ineffective.is_empty() {
+            notices.push(Notice::Info(format!(
+                "environment variables without effect: {}",
+                ineffective.join(", ")
+            )));
+        }
+        let unknown: Vec<&str> = set().filter(|name| !KNOWN.contains(name)).collect();
+        if let [first, ..] = unknown[..] {
+            if fail_on_unknown {
+                return Err(ConfigError::new(
+                    first,
+                    "unknown environment variable (--fail-on-environ-validation)",
+                ));
+            }
+            notices.push(Notice::Warning(format!(
+                "unknown vLLM environment variables: {}",
+                unknown.join(", ")
+            )));
+        }
+        Ok(notices)
+    }
+}
+
+impl FromIterator<(String, String)> for Environment {
+    fn from_iter<I: IntoIterator<Item = (String, String)>>(variables: I) -> Self {
+        Self {
+            variables: variables.into_iter().collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn environment(variables: &[(&str, &str)]) -> Environment {
+        variables
+            .iter()
+            .map(|(name, value)| (name.to_string(), value.to_string()))
+            .collect()
+    }
+
+    #[test]
+    fn kubernetes_service_variables_only_warn() {
+        let env = environment(&[
+            ("VLLM_PORT", "tcp://10.0.0.1:80"),
+            ("VLLM_PORT_80_TCP", "tcp://10.0.0.1:80"),
+        ]);
+        let notices = env.check(false).unwrap();
+        assert_eq!(
+            notices[0],
+            Notice::Info("environment variables without effect: VLLM_PORT".into())
+        );
+        assert_eq!(
+            notices[1],
+            Notice::Warning("unknown vLLM environment variables: VLLM_PORT_80_TCP".into())
+        );
+        assert_eq!(env.check(true).unwrap_err().parameter, "VLLM_PORT_80_TCP");
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_refused() {
+        assert_eq!(
+            environment(&[("VLLM_USE_MODELSCOPE", "1")])
+                .check(false)
+                .unwrap_err()
+                .parameter,
+            "VLLM_USE_MODELSCOPE"
+        );
+        assert!(
+            environment(&[("VLLM_USE_MODELSCOPE", "0"), ("VLLM_PLUGINS", "")])
+                .check(true)
+                .is_ok()
+        );
+        assert!(environment(&[("VLLM_PLUGINS", "mine")]).check(false).is_err());
+    }
+
+    #[test]
+    fn values_are_read_or_named() {
+        let env = environment(&[("A", "3"), ("B", "x"), ("C", "")]);
+        assert_eq!(env.parsed::<u32>("A").unwrap(), Some(3));
+        assert_eq!(env.parsed::<u32>("C").unwrap(), None);
+        assert_eq!(
+            env.parsed::<u32>("B").unwrap_err().to_string(),
+            "B: 'x' is not a valid value"
+        );
+    }
+
+    #[test]
+    fn honoured_names_are_vllms() {
+        assert!(HONOURED.iter().all(|name| KNOWN.contains(name)));
+        assert_eq!(KNOWN.len(), include_str!("vllm_variables.txt").lines().count());
+    }
+}

@@ -1,0 +1,384 @@
+//! From what was typed to what it means, once: flags, environment, the checkpoint's files and the machine.
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use super::args::{DeviceChoice, FingerprintMode, FrontendArgs, Machine, ModelArgs, ServeArgs};
+use super::environment::Environment;
+use super::files::Locator;
+use super::{
+    CacheConfig, ChatConfig, Config, DeviceConfig, DeviceKind, GenerationDefaults, LoadFormat, ModelConfig, ModelFiles,
+    ParserChoice, ServerConfig, VLLM_VERSION, checkpoint, limits,
+};
+use crate::backend::DType;
+use crate::step::LogprobsMode;
+
+/// Most tokens of context and of vocabulary that are believed; larger counts are a damaged config.json.
+const MAX_COUNT: usize = 1 << 28;
+/// vLLM's default KV block.
+const DEFAULT_BLOCK_SIZE: i64 = 16;
+const DEFAULT_BODY_BYTES: usize = 32 << 20;
+
+/// A setting that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{parameter}: {message}")]
+pub struct ConfigError {
+    /// The flag, environment variable or file.
+    pub parameter: String,
+    pub message: String,
+}
+
+impl ConfigError {
+    pub fn new(parameter: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            parameter: parameter.into(),
+            message: message.into(),
+        }
+    }
+}
+
+/// # Errors
+/// `value` is less than 1.
+pub(super) fn positive(flag: &str, value: i64) -> Result<usize, ConfigError> {
+    let count = usize::try_from(value).ok().filter(|v| *v > 0);
+    count.ok_or_else(|| ConfigError::new(flag, format!("{value} is not positive")))
+}
+
+fn not_negative<T: TryFrom<i64>>(flag: &str, value: i64) -> Result<T, ConfigError> {
+    T::try_from(value).map_err(|_| ConfigError::new(flag, format!("{value} is out of range")))
+}
+
+/// Decides everything. Downloads the model if it is a hub id that is not cached.
+///
+/// # Errors
+/// The first setting that cannot be used, by name.
+pub fn resolve(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result<Config, ConfigError> {
+    let device = device(args, env, machine)?;
+    let model = model(args, env)?;
+    let scheduler = limits::scheduler(
+        &args.scheduler,
+        &args.vllm.performance_mode,
+        model.max_model_len,
+        machine,
+        device.kind,
+    )?;
+    let cache = cache(args, env, device.kind)?;
+    let chat = chat(args, &model.tokenizer_files)?;
+    let server = server(args, env, fingerprint(&args.frontend, &model, &device)?)?;
+    Ok(Config {
+        model,
+        cache,
+        scheduler,
+        chat,
+        server,
+        device,
+    })
+}
+
+fn device(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result<DeviceConfig, ConfigError> {
+    let ordinal = match args.parallel.device_ids.as_deref() {
+        None => 0,
+        Some(ids) => {
+            let message = format!("'{ids}' is not one CUDA device number; one device is used for now");
+            ids.trim()
+                .parse()
+                .map_err(|_| ConfigError::new("--device-ids", message))?
+        }
+    };
+    let kind = match args.device {
+        DeviceChoice::Cpu => DeviceKind::Cpu,
+        DeviceChoice::Auto if machine.gpus.is_empty() => DeviceKind::Cpu,
+        DeviceChoice::Cuda if machine.gpus.is_empty() => {
+            return Err(ConfigError::new(
+                "--device",
+                "cuda: no CUDA device, or a build without CUDA; use cpu",
+            ));
+        }
+        DeviceChoice::Auto | DeviceChoice::Cuda => DeviceKind::Cuda { ordinal },
+    };
+    if let DeviceKind::Cuda { ordinal } = kind
+        && ordinal >= machine.gpus.len()
+    {
+        let message = format!("device {ordinal} does not exist; there are {}", machine.gpus.len());
+        return Err(ConfigError::new("--device-ids", message));
+    }
+    let threads = env
+        .parsed::<usize>("OMP_NUM_THREADS")?
+        .filter(|n| *n > 0)
+        .unwrap_or(machine.cpu_threads);
+    Ok(DeviceConfig {
+        kind,
+        threads,
+        enforce_eager: args.model_args.enforce_eager,
+    })
+}
+
+fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError> {
+    let flags = &args.model_args;
+    let name = args
+        .model
+        .clone()
+        .filter(|name| !name.is_empty())
+        .ok_or_else(|| ConfigError::new("model_tag", "no model is given: a hub id, a directory, or `demo`"))?;
+    let load_format = if args.load.load_format == "dummy" {
+        LoadFormat::Dummy
+    } else {
+        LoadFormat::Safetensors
+    };
+    let locator = Locator::new(args, env)?;
+    let revision = flags.revision.as_deref();
+    let files = locator.locate("model_tag", &name, revision, load_format == LoadFormat::Safetensors)?;
+    let tokenizer_files = match flags.tokenizer.as_deref() {
+        None => files.clone(),
+        Some(tokenizer) => locator.locate("--tokenizer", tokenizer, flags.tokenizer_revision.as_deref(), false)?,
+    };
+
+    let config_files = match flags.hf_config_path.as_deref() {
+        None => files.clone(),
+        Some(path) => locator.locate("--hf-config-path", path, revision, false)?,
+    };
+    let mut hf_config = config_files
+        .read_object("config.json")?
+        .ok_or_else(|| ConfigError::new(config_files.describe("config.json"), "the file does not exist"))?;
+    match &flags.hf_overrides {
+        Value::Object(overrides) => checkpoint::merge(&mut hf_config, overrides),
+        Value::Null => {}
+        other => return Err(ConfigError::new("--hf-overrides", format!("{other} is no JSON object"))),
+    }
+    let hf_config = Value::Object(hf_config);
+
+    let vocab_size = checkpoint::count(&hf_config, "vocab_size", MAX_COUNT)?;
+    let model_len = checkpoint::count(&hf_config, "max_position_embeddings", MAX_COUNT)?;
+    let allow_longer = env.is_on("VLLM_ALLOW_LONG_MAX_MODEL_LEN");
+    let (max_model_len, fit_max_model_len) = limits::max_model_len(flags.max_model_len, model_len, allow_longer)?;
+    let (generation_defaults, generation_eos) = generation(flags, &config_files, &locator, vocab_size)?;
+    let own_eos = checkpoint::token_ids(
+        "config.json",
+        checkpoint::text_field(&hf_config, "eos_token_id"),
+        vocab_size,
+    )?;
+    let eos_token_id = match own_eos.first() {
+        Some(&id) => Some(id),
+        None => checkpoint::tokenizer_eos(&tokenizer_files)?.filter(|id| (*id as usize) < vocab_size),
+    };
+    let mut extra_eos_token_ids: Vec<u32> = Vec::new();
+    for id in own_eos.into_iter().chain(generation_eos) {
+        if Some(id) != eos_token_id && !extra_eos_token_ids.contains(&id) {
+            extra_eos_token_ids.push(id);
+        }
+    }
+    let served_names = match &flags.served_model_name {
+        Some(names) if names.iter().any(|name| name.is_empty()) => {
+            return Err(ConfigError::new("--served-model-name", "a name is empty"));
+        }
+        Some(names) if !names.is_empty() => names.clone(),
+        _ => vec![name.clone()],
+    };
+    let max_logprobs = flags.max_logprobs;
+    if max_logprobs < -1 {
+        return Err(ConfigError::new(
+            "--max-logprobs",
+            format!("{max_logprobs} is less than -1"),
+        ));
+    }
+    Ok(ModelConfig {
+        served_names,
+        tokenizer_files,
+        dtype: limits::dtype(&flags.dtype, &hf_config)?,
+        load_format,
+        max_model_len,
+        fit_max_model_len,
+        vocab_size,
+        seed: not_negative("--seed", flags.seed)?,
+        eos_token_id,
+        extra_eos_token_ids,
+        generation_defaults,
+        max_logprobs,
+        logprobs_mode: match flags.logprobs_mode.as_str() {
+            "raw_logits" => LogprobsMode::RawLogits,
+            "processed_logprobs" => LogprobsMode::ProcessedLogprobs,
+            "processed_logits" => LogprobsMode::ProcessedLogits,
+            _ => LogprobsMode::RawLogprobs,
+        },
+        name,
+        files,
+        hf_config,
+    })
+}
+
+/// Sampling defaults and the generation config's EOS ids. The ids are read even with `--generation-config vllm`.
+fn generation(
+    flags: &ModelArgs,
+    model: &ModelFiles,
+    locator: &Locator,
+    vocab_size: usize,
+) -> Result<(GenerationDefaults, Vec<u32>), ConfigError> {
+    let file = "generation_config.json";
+    let is_folder = !matches!(flags.generation_config.as_str(), "auto" | "vllm");
+    let files = if is_folder {
+        locator.locate("--generation-config", &flags.generation_config, None, false)?
+    } else {
+        model.clone()
+    };
+    let object = files.read_object(file)?;
+    if is_folder && object.is_none() {
+        let message = format!("{} does not exist", files.describe(file));
+        return Err(ConfigError::new("--generation-config", message));
+    }
+    let object = object.unwrap_or_default();
+    let eos = checkpoint::token_ids(file, object.get("eos_token_id"), vocab_size)?;
+
+    let base = if flags.generation_config == "vllm" {
+        Map::new()
+    } else {
+        object
+    };
+    let mut defaults = checkpoint::generation_defaults(file, &base)?;
+    let overrides = &flags.override_generation_config;
+    let over = checkpoint::generation_defaults("--override-generation-config", overrides)?;
+    defaults.max_new_tokens_is_cap = over.max_new_tokens.is_some() || (is_folder && defaults.max_new_tokens.is_some());
+    defaults.temperature = over.temperature.or(defaults.temperature);
+    defaults.top_p = over.top_p.or(defaults.top_p);
+    defaults.top_k = over.top_k.or(defaults.top_k);
+    defaults.min_p = over.min_p.or(defaults.min_p);
+    defaults.repetition_penalty = over.repetition_penalty.or(defaults.repetition_penalty);
+    defaults.presence_penalty = over.presence_penalty.or(defaults.presence_penalty);
+    defaults.frequency_penalty = over.frequency_penalty.or(defaults.frequency_penalty);
+    defaults.max_new_tokens = over.max_new_tokens.or(defaults.max_new_tokens);
+    defaults.skip_special_tokens = over.skip_special_tokens.or(defaults.skip_special_tokens);
+    Ok((defaults, eos))
+}
+
+fn cache(args: &ServeArgs, env: &Environment, device: DeviceKind) -> Result<CacheConfig, ConfigError> {
+    let flags = &args.cache;
+    let utilization = flags.gpu_memory_utilization;
+    if !(utilization > 0.0 && utilization <= 1.0) {
+        return Err(ConfigError::new(
+            "--gpu-memory-utilization",
+            format!("{utilization} is not in (0, 1]"),
+        ));
+    }
+    let given_bytes = flags
+        .kv_cache_memory_bytes
+        .map(|n| positive("--kv-cache-memory-bytes", n))
+        .transpose()?;
+    let cpu_space = match device {
+        DeviceKind::Cpu => env.parsed::<f64>("VLLM_CPU_KVCACHE_SPACE")?.filter(|gib| *gib > 0.0),
+        DeviceKind::Cuda { .. } => None,
+    };
+    Ok(CacheConfig {
+        block_size: positive("--block-size", flags.block_size.unwrap_or(DEFAULT_BLOCK_SIZE))?,
+        memory_utilization: utilization,
+        memory_bytes: given_bytes.or(cpu_space.map(|gib| (gib * (1u64 << 30) as f64) as usize)),
+        num_blocks_override: flags
+            .num_gpu_blocks_override
+            .map(|n| positive("--num-gpu-blocks-override", n))
+            .transpose()?,
+        prefix_caching: flags.enable_prefix_caching.unwrap_or(true),
+        kv_dtype: match flags.kv_cache_dtype.as_str() {
+            "bfloat16" => Some(DType::Bf16),
+            "float16" => Some(DType::F16),
+            _ => None,
+        },
+    })
+}
+
+fn chat(args: &ServeArgs, tokenizer_files: &ModelFiles) -> Result<ChatConfig, ConfigError> {
+    let flags = &args.frontend;
+    let parser = |name: Option<&str>| match name {
+        None | Some("") => ParserChoice::Detect,
+        Some(name) if name.eq_ignore_ascii_case("none") => ParserChoice::Off,
+        Some(name) => ParserChoice::Named(name.to_owned()),
+    };
+    Ok(ChatConfig {
+        template: match &flags.chat_template {
+            Some(text) => Some(checkpoint::given_template(text)?),
+            None => checkpoint::chat_template(tokenizer_files)?,
+        },
+        template_kwargs: flags.default_chat_template_kwargs.clone().unwrap_or_default(),
+        trust_request_template: flags.trust_request_chat_template,
+        reasoning_parser: parser(Some(&args.structured_outputs.reasoning_parser)),
+        tool_parser: parser(flags.tool_call_parser.as_deref()),
+        auto_tool_choice: flags.enable_auto_tool_choice,
+        exclude_tools_when_none: flags.exclude_tools_when_tool_choice_none,
+        response_role: flags.response_role.clone(),
+    })
+}
+
+fn server(args: &ServeArgs, env: &Environment, fingerprint: Option<String>) -> Result<ServerConfig, ConfigError> {
+    let flags = &args.frontend;
+    let api_keys = match &flags.api_key {
+        Some(keys) => keys.iter().filter(|key| !key.is_empty()).cloned().collect(),
+        None => env.get("VLLM_API_KEY").map(str::to_owned).into_iter().collect(),
+    };
+    let excluded = flags.disable_access_log_for_endpoints.as_deref().unwrap_or_default();
+    let excluded = excluded.split(',').map(str::trim).filter(|path| !path.is_empty());
+    let slashed = |path: &str| format!("/{}", path.trim_matches('/'));
+    let root = flags.root_path.as_deref().unwrap_or_default().trim_matches('/');
+    let interval = env
+        .parsed::<f64>("VLLM_LOG_STATS_INTERVAL")?
+        .filter(|s| s.is_finite() && *s > 0.0);
+    Ok(ServerConfig {
+        host: flags.host.clone().filter(|host| !host.is_empty()),
+        port: not_negative("--port", flags.port)?,
+        api_keys,
+        root_path: if root.is_empty() { String::new() } else { slashed(root) },
+        allowed_origins: flags.allowed_origins.clone(),
+        allowed_methods: flags.allowed_methods.clone(),
+        allowed_headers: flags.allowed_headers.clone(),
+        allow_credentials: flags.allow_credentials,
+        enable_request_id_headers: flags.enable_request_id_headers,
+        prompt_tokens_details: flags.enable_prompt_tokens_details,
+        force_include_usage: flags.enable_force_include_usage,
+        return_tokens_as_token_ids: flags.return_tokens_as_token_ids,
+        access_log: !flags.disable_uvicorn_access_log
+            && matches!(flags.uvicorn_log_level.as_str(), "info" | "debug" | "trace"),
+        access_log_excluded_paths: excluded.map(slashed).collect(),
+        log_requests: args.general.enable_log_requests,
+        log_stats: !args.general.disable_log_stats,
+        log_stats_interval_s: interval.unwrap_or(10.0),
+        shutdown_timeout_s: not_negative("--shutdown-timeout", args.general.shutdown_timeout)?,
+        sse_keep_alive_s: not_negative("--sse-keep-alive-interval", flags.sse_keep_alive_interval)?,
+        http_keep_alive_s: env.parsed("VLLM_HTTP_TIMEOUT_KEEP_ALIVE")?.unwrap_or(5),
+        max_body_bytes: env
+            .parsed("VLLM_HTTP_MAX_REQUEST_BODY_SIZE")?
+            .unwrap_or(DEFAULT_BODY_BYTES),
+        fingerprint,
+    })
+}
+
+/// `vllm-<version>-<8 hex>`; the digits stand for this program's version and everything that shapes the model's output.
+fn fingerprint(
+    flags: &FrontendArgs,
+    model: &ModelConfig,
+    device: &DeviceConfig,
+) -> Result<Option<String>, ConfigError> {
+    let digits = || {
+        let what = format!(
+            "{}|{}|{}|{}|{:?}|{}",
+            env!("CARGO_PKG_VERSION"),
+            model.name,
+            model.hf_config,
+            model.dtype,
+            device.kind,
+            model.max_model_len
+        );
+        Sha256::digest(what.as_bytes())
+            .iter()
+            .take(4)
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<String>()
+    };
+    match flags.fingerprint_mode {
+        FingerprintMode::None => Ok(None),
+        FingerprintMode::Hash => Ok(Some(digits())),
+        FingerprintMode::Full => Ok(Some(format!("vllm-{VLLM_VERSION}-{}", digits()))),
+        FingerprintMode::Custom => match &flags.fingerprint_value {
+            Some(value) => Ok(Some(value.clone())),
+            None => Err(ConfigError::new(
+                "--fingerprint-mode",
+                "custom needs --fingerprint-value",
+            )),
+        },
+    }
+}

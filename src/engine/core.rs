@@ -1,0 +1,527 @@
+//! The engine's loop, on its own thread: commands, plan, submit, collect, deliver.
+//!
+//! The plain and the overlapped loop are the same: an executor with two steps in flight gets the next one before the
+//! last is collected, one with a single step does not.
+
+use std::any::Any;
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use tokio::sync::{oneshot, watch};
+
+use super::handle::{Exit, Shared};
+use super::scheduler::{NewSequence, PlannedRow, PlannedStep, Progress, Scheduler, SequenceId};
+use super::stream::SequenceSink;
+use super::{EngineError, EngineStats, FinishReason, PauseMode, SequenceEvent};
+use crate::metrics::{EngineMetrics, FinishedRequest};
+use crate::step::{Executor, ExecutorError, Ticket};
+
+/// What handles and streams ask of the engine.
+#[derive(Debug)]
+pub(super) enum Command {
+    Submit(Box<Submission>),
+    Abort(SequenceId),
+    Pause {
+        mode: PauseMode,
+        reply: oneshot::Sender<()>,
+    },
+    Resume {
+        reply: oneshot::Sender<()>,
+    },
+    ResetPrefixCache {
+        reply: oneshot::Sender<bool>,
+    },
+    Drain {
+        deadline: Instant,
+    },
+}
+
+#[derive(Debug)]
+pub(super) struct Submission {
+    pub sequence: NewSequence,
+    pub sink: SequenceSink,
+    pub arrival: Instant,
+    pub request_id: String,
+}
+
+pub(super) struct Core {
+    executor: Box<dyn Executor>,
+    scheduler: Scheduler,
+    inbox: Receiver<Command>,
+    shared: Arc<Shared>,
+    clients: HashMap<SequenceId, Client>,
+    /// Submitted steps, the oldest first.
+    in_flight: VecDeque<InFlight>,
+    stats: EngineStats,
+    stats_log: StatsLog,
+    paused: Option<PauseMode>,
+    pause_replies: Vec<oneshot::Sender<()>>,
+    drain_deadline: Option<Instant>,
+}
+
+struct InFlight {
+    ticket: Ticket,
+    rows: Vec<PlannedRow>,
+}
+
+/// Who waits for a sequence, and its times.
+struct Client {
+    sink: SequenceSink,
+    request_id: String,
+    num_prompt_tokens: usize,
+    max_tokens: u32,
+    num_generated: usize,
+    num_preemptions: usize,
+    num_cached_tokens: usize,
+    arrival: Instant,
+    /// None while it waits in the queue for the first time.
+    admitted: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+impl Core {
+    pub fn new(
+        executor: Box<dyn Executor>,
+        scheduler: Scheduler,
+        inbox: Receiver<Command>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Self {
+            executor,
+            scheduler,
+            inbox,
+            shared,
+            clients: HashMap::new(),
+            in_flight: VecDeque::new(),
+            stats: EngineStats::default(),
+            stats_log: StatsLog::new(),
+            paused: None,
+            pause_replies: Vec::new(),
+            drain_deadline: None,
+        }
+    }
+
+    /// Runs until drained, abandoned or failed. A panic, the executor's or our own, counts as a failure of the device:
+    /// nothing that was running can be trusted.
+    pub fn run_to_exit(mut self, exit: &watch::Sender<Option<Exit>>) {
+        let failure = match catch_unwind(AssertUnwindSafe(|| self.run())) {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.message),
+            Err(panic) => Some(format!(
+                "panic in the engine's thread: {}",
+                panic_message(panic.as_ref())
+            )),
+        };
+        let Some(message) = failure else {
+            exit.send_replace(Some(Exit::Finished));
+            return;
+        };
+        tracing::error!("the engine is dead: {message}");
+        // First, so that whoever gets the error below finds the engine stopped.
+        exit.send_replace(Some(Exit::Failed(message.clone())));
+        for (_, client) in self.clients.drain() {
+            client.fail(&self.shared, &message);
+        }
+    }
+
+    fn run(&mut self) -> Result<(), ExecutorError> {
+        let mut idle = false;
+        loop {
+            if !self.take_commands(idle) {
+                return Ok(());
+            }
+            self.shared.set_busy(true);
+            if self.drain_deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                self.abort_all();
+            }
+            self.fill_pipeline()?;
+            match self.in_flight.pop_front() {
+                Some(step) => {
+                    self.finish_step(step)?;
+                    idle = false;
+                }
+                None => idle = true,
+            }
+            self.report();
+            self.answer_pauses();
+            if self.drain_deadline.is_some() && self.clients.is_empty() && self.in_flight.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Carries out what has been asked; when idle, sleeps until something is. False when nobody can ask any more.
+    fn take_commands(&mut self, idle: bool) -> bool {
+        if idle {
+            self.shared.set_busy(false);
+            let wake_up = [self.drain_deadline, self.stats_log.due(&self.shared)]
+                .into_iter()
+                .flatten()
+                .min();
+            let command = match wake_up {
+                Some(wake_up) => self.inbox.recv_deadline(wake_up),
+                None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match command {
+                Ok(command) => self.execute(command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return false,
+            }
+        }
+        while let Ok(command) = self.inbox.try_recv() {
+            self.execute(command);
+        }
+        true
+    }
+
+    fn execute(&mut self, command: Command) {
+        // An answer whose asker has gone is of no use to anyone.
+        match command {
+            Command::Submit(submission) => self.add(*submission),
+            Command::Abort(id) => {
+                self.scheduler.abort(id);
+                if let Some(client) = self.clients.remove(&id) {
+                    tracing::debug!(request_id = client.request_id, "aborted by the client");
+                    client.leave_queue(&self.shared);
+                }
+            }
+            Command::Pause { mode, reply } => {
+                self.paused = Some(mode);
+                self.scheduler.hold_admissions(true);
+                if mode == PauseMode::Abort {
+                    self.abort_all();
+                }
+                self.pause_replies.push(reply);
+            }
+            Command::Resume { reply } => {
+                self.paused = None;
+                self.scheduler.hold_admissions(false);
+                self.pause_replies.clear();
+                let _ = reply.send(());
+            }
+            Command::ResetPrefixCache { reply } => {
+                let _ = reply.send(self.scheduler.reset_prefix_cache());
+            }
+            Command::Drain { deadline } => {
+                self.drain_deadline = Some(self.drain_deadline.map_or(deadline, |earlier| earlier.min(deadline)));
+            }
+        }
+    }
+
+    fn add(&mut self, submission: Submission) {
+        let Submission {
+            sequence,
+            sink,
+            arrival,
+            request_id,
+        } = submission;
+        let client = Client {
+            sink,
+            request_id,
+            num_prompt_tokens: sequence.prompt.len(),
+            max_tokens: sequence.stop.max_tokens,
+            num_generated: 0,
+            num_preemptions: 0,
+            num_cached_tokens: 0,
+            arrival,
+            admitted: None,
+            first_token: None,
+            last_token: None,
+        };
+        self.clients.insert(sequence.id, client);
+        self.scheduler.add(sequence);
+    }
+
+    /// Ends every sequence on the server's account.
+    fn abort_all(&mut self) {
+        for id in self.scheduler.live() {
+            self.scheduler.abort(id);
+        }
+        for (_, mut client) in self.clients.drain() {
+            client.sink.send(SequenceEvent {
+                num_cached_tokens: client.num_cached_tokens,
+                finish: Some(FinishReason::Abort),
+                ..SequenceEvent::default()
+            });
+            client.leave_queue(&self.shared);
+            client.record(&self.shared.metrics.engine, "abort", Instant::now());
+        }
+    }
+
+    /// Submits steps until the executor has as many as it takes.
+    fn fill_pipeline(&mut self) -> Result<(), ExecutorError> {
+        let max_in_flight = self.shared.capacity.max_in_flight.max(1);
+        while self.paused != Some(PauseMode::Keep) && self.in_flight.len() < max_in_flight {
+            let Some(step) = self.scheduler.plan() else { break };
+            self.note_plan(&step);
+            match self.executor.submit(&step.plan) {
+                Ok(ticket) => self.in_flight.push_back(InFlight {
+                    ticket,
+                    rows: step.rows,
+                }),
+                Err(error) if error.fatal => return Err(error),
+                Err(error) => self.fail_rows(&step.rows, &error),
+            }
+        }
+        Ok(())
+    }
+
+    fn note_plan(&mut self, step: &PlannedStep) {
+        let metrics = &self.shared.metrics.engine;
+        self.stats.num_steps += 1;
+        for id in &step.preempted {
+            self.stats.num_preemptions += 1;
+            metrics.num_preemptions.inc();
+            if let Some(client) = self.clients.get_mut(id) {
+                client.num_preemptions += 1;
+                tracing::debug!(request_id = client.request_id, "preempted: out of KV blocks");
+            }
+        }
+        let now = Instant::now();
+        for admitted in step.admitted.iter().filter(|admitted| admitted.first) {
+            let Some(client) = self.clients.get_mut(&admitted.id) else {
+                continue;
+            };
+            client.admitted = Some(now);
+            client.num_cached_tokens = admitted.num_cached_tokens;
+            self.shared.dequeue(client.num_prompt_tokens);
+            if self.scheduler.cache().prefix_caching() {
+                self.stats.prefix_cache_queries += client.num_prompt_tokens as u64;
+                self.stats.prefix_cache_hits += admitted.num_cached_tokens as u64;
+                metrics.prefix_cache_queries.inc_by(client.num_prompt_tokens as u64);
+                metrics.prefix_cache_hits.inc_by(admitted.num_cached_tokens as u64);
+            }
+        }
+    }
+
+    fn finish_step(&mut self, step: InFlight) -> Result<(), ExecutorError> {
+        match self.executor.collect(step.ticket) {
+            Ok(output) => {
+                let progress = self
+                    .scheduler
+                    .complete(&step.rows, output)
+                    .map_err(|bad| ExecutorError {
+                        message: bad.to_string(),
+                        fatal: true,
+                    })?;
+                self.deliver(progress);
+                Ok(())
+            }
+            Err(error) if error.fatal => Err(error),
+            Err(error) => {
+                self.fail_rows(&step.rows, &error);
+                // Steps behind a lost one have read what it did not write.
+                while let Some(later) = self.in_flight.pop_front() {
+                    if let Err(second) = self.executor.collect(later.ticket)
+                        && second.fatal
+                    {
+                        return Err(second);
+                    }
+                    self.fail_rows(&later.rows, &error);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn fail_rows(&mut self, rows: &[PlannedRow], error: &ExecutorError) {
+        let failed = self.scheduler.fail(rows);
+        tracing::error!("a step failed and {} requests with it: {error}", failed.len());
+        for id in failed {
+            if let Some(client) = self.clients.remove(&id) {
+                client.fail(&self.shared, &error.message);
+            }
+        }
+    }
+
+    /// Sends each new token to its client.
+    fn deliver(&mut self, progress: Vec<Progress>) {
+        let metrics = &self.shared.metrics.engine;
+        let now = Instant::now();
+        let num_generated = progress.len();
+        let mut num_prompt_tokens = 0;
+        metrics.generation_tokens.inc_by(num_generated as u64);
+        for progress in progress {
+            let Some(client) = self.clients.get_mut(&progress.id) else {
+                continue;
+            };
+            if client.first_token.is_none() {
+                num_prompt_tokens += client.num_prompt_tokens;
+            }
+            client.note_token(metrics, now);
+            let event = SequenceEvent {
+                tokens: vec![progress.token],
+                prompt_logprobs: progress.prompt_logprobs,
+                num_cached_tokens: progress.num_cached_tokens,
+                finish: progress.finish,
+            };
+            // The metrics come first: who has read the last event finds the request in them.
+            match event.finish.as_ref().map(finished_reason) {
+                None => client.sink.send(event),
+                Some(reason) => {
+                    client.record(metrics, reason, now);
+                    client.sink.send(event);
+                    self.clients.remove(&progress.id);
+                }
+            }
+        }
+        self.stats.prompt_tokens += num_prompt_tokens as u64;
+        self.stats.generation_tokens += num_generated as u64;
+        metrics
+            .iteration_tokens
+            .observe((num_prompt_tokens + num_generated) as f64);
+    }
+
+    fn answer_pauses(&mut self) {
+        let waits_for_running = self.paused == Some(PauseMode::Wait) && self.scheduler.num_running() > 0;
+        if self.in_flight.is_empty() && !waits_for_running {
+            for reply in self.pause_replies.drain(..) {
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    fn report(&mut self) {
+        self.stats.num_running = self.scheduler.num_running();
+        self.stats.num_waiting = self.scheduler.num_waiting();
+        self.stats.kv_cache_usage = self.scheduler.cache().usage();
+        self.shared.set_stats(&self.stats);
+        let metrics = &self.shared.metrics.engine;
+        metrics.num_requests_running.set(self.stats.num_running as f64);
+        metrics.num_requests_waiting.set(self.stats.num_waiting as f64);
+        metrics.num_requests_waiting_capacity.set(self.stats.num_waiting as f64);
+        metrics.kv_cache_usage.set(self.stats.kv_cache_usage);
+        self.stats_log.log_if_due(&self.shared, &self.stats);
+    }
+}
+
+impl Client {
+    fn note_token(&mut self, metrics: &EngineMetrics, now: Instant) {
+        self.num_generated += 1;
+        match self.last_token {
+            Some(last) => metrics.inter_token_latency.observe((now - last).as_secs_f64()),
+            None => {
+                self.first_token = Some(now);
+                metrics
+                    .time_to_first_token
+                    .observe(now.saturating_duration_since(self.arrival).as_secs_f64());
+                metrics.observe_prompt(self.num_prompt_tokens, self.num_cached_tokens);
+            }
+        }
+        self.last_token = Some(now);
+    }
+
+    /// A client that goes before its sequence was admitted gives its place in the queue back.
+    fn leave_queue(&self, shared: &Shared) {
+        if self.admitted.is_none() {
+            shared.dequeue(self.num_prompt_tokens);
+        }
+    }
+
+    fn fail(mut self, shared: &Shared, message: &str) {
+        self.leave_queue(shared);
+        self.sink.fail(EngineError::Device(message.to_owned()));
+        self.record(&shared.metrics.engine, "error", Instant::now());
+    }
+
+    fn record(&self, metrics: &EngineMetrics, reason: &'static str, now: Instant) {
+        let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => Some(to.saturating_duration_since(from).as_secs_f64()),
+            _ => None,
+        };
+        metrics.observe_finished(&FinishedRequest {
+            reason,
+            num_prompt_tokens: self.num_prompt_tokens,
+            num_cached_tokens: self.num_cached_tokens,
+            num_generated_tokens: self.num_generated,
+            max_tokens: self.max_tokens,
+            num_preemptions: self.num_preemptions,
+            e2e_s: now.saturating_duration_since(self.arrival).as_secs_f64(),
+            queue_s: seconds(Some(self.arrival), self.admitted),
+            prefill_s: seconds(self.admitted, self.first_token),
+            decode_s: seconds(self.first_token, self.last_token),
+            inference_s: seconds(self.admitted, self.last_token),
+        });
+    }
+}
+
+/// The value of the label `finished_reason`.
+fn finished_reason(finish: &FinishReason) -> &'static str {
+    match finish {
+        FinishReason::Stop(_) => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Abort => "abort",
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}
+
+/// vLLM's periodic line, written only when tokens have been computed since the last one.
+struct StatsLog {
+    last: Instant,
+    prompt_tokens: u64,
+    generation_tokens: u64,
+    active: bool,
+}
+
+impl StatsLog {
+    fn new() -> Self {
+        Self {
+            last: Instant::now(),
+            prompt_tokens: 0,
+            generation_tokens: 0,
+            active: false,
+        }
+    }
+
+    /// When the next line must be written even if nothing happens.
+    fn due(&self, shared: &Shared) -> Option<Instant> {
+        let interval = shared.config.log_stats_interval?;
+        self.active.then_some(self.last + interval)
+    }
+
+    fn log_if_due(&mut self, shared: &Shared, stats: &EngineStats) {
+        let Some(interval) = shared.config.log_stats_interval else {
+            return;
+        };
+        let prompt = stats.prompt_tokens - self.prompt_tokens;
+        let generated = stats.generation_tokens - self.generation_tokens;
+        let was_active = self.active;
+        self.active = prompt + generated > 0;
+        let elapsed = self.last.elapsed();
+        if !was_active && self.active && elapsed > interval {
+            // The pause before the first token is no part of the throughput.
+            self.last = Instant::now();
+            return;
+        }
+        if !self.active || elapsed < interval {
+            return;
+        }
+        let hit_rate = 100.0 * stats.prefix_cache_hits as f64 / stats.prefix_cache_queries.max(1) as f64;
+        tracing::info!(
+            "Engine 000: Avg prompt throughput: {:.1} tokens/s, Avg generation throughput: {:.1} tokens/s, \
+             Running: {} reqs, Waiting: {} reqs, GPU KV cache usage: {:.1}%, Prefix cache hit rate: {hit_rate:.1}%",
+            prompt as f64 / elapsed.as_secs_f64(),
+            generated as f64 / elapsed.as_secs_f64(),
+            stats.num_running,
+            stats.num_waiting,
+            100.0 * stats.kv_cache_usage,
+        );
+        *self = Self {
+            last: Instant::now(),
+            prompt_tokens: stats.prompt_tokens,
+            generation_tokens: stats.generation_tokens,
+            active: false,
+        };
+    }
+}

@@ -1,0 +1,11 @@
+//! OpenAI's endpoints, with vLLM's extensions.
+
+pub mod chat_completions;
+pub mod completions;
+pub mod convert;
+pub mod models;
+pub mod reply;
+pub mod tokenize;
+pub mod truncate;
+pub mod types;
+pub mod validate;
