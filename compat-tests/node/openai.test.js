@@ -29,7 +29,7 @@ const freePort = () =>
 
 before(async () => {
   const port = await freePort();
-  const flags = "--reasoning-parser qwen3 --enable-auto-tool-choice --tool-call-parser lfm2".split(" ");
+  const flags = "--enable-auto-tool-choice --tool-call-parser lfm2".split(" ");
   server = spawn(binary, ["serve", "demo", "--host", "127.0.0.1", "--port", `${port}`, ...flags]);
   for (const stream of [server.stdout, server.stderr]) stream.on("data", (data) => (log += data));
   client = new OpenAI({ baseURL: `http://127.0.0.1:${port}/v1`, apiKey: "none", maxRetries: 0 });

@@ -108,8 +108,8 @@ def golden(model: str) -> dict:
 
 @pytest.fixture(scope="session")
 def demo():
-    server = Server("demo", "--enable-auto-tool-choice", "--tool-call-parser", "lfm2", "--reasoning-parser", "qwen3",
-                    "--enable-prompt-tokens-details")
+    # No parser flags: they come from the checkpoint.
+    server = Server("demo", "--enable-prompt-tokens-details")
     yield server
     server.stop()
 
