@@ -8,7 +8,7 @@ use rvllm::config::args::{Machine, Notice, ServeArgs};
 use rvllm::config::environment::Environment;
 use rvllm::config::logging;
 use rvllm::config::{Config, resolve};
-use rvllm::serve;
+use rvllm::{bench, serve};
 use tracing::{info, warn};
 
 fn main() -> ExitCode {
@@ -48,8 +48,7 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         }
         Invocation::Bench(args) => {
             let config = configure(&args.engine)?;
-            print(&config.summary());
-            Ok(ExitCode::SUCCESS)
+            bench::run(config, &args)
         }
     }
 }
@@ -70,5 +69,5 @@ fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
             Notice::Warning(text) => warn!("{text}"),
         }
     }
-    Ok(resolve::resolve(args, &env, &Machine::probe())?)
+    Ok(resolve::resolve(args, &env, &Machine::probe(serve::gpus()))?)
 }

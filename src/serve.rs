@@ -7,12 +7,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
+#[cfg(not(feature = "cuda"))]
+use anyhow::bail;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
 use crate::chat::ChatEngine;
+use crate::config::args::Gpu;
 use crate::config::{Config, DeviceKind, VLLM_VERSION};
 use crate::engine::{EngineConfig, EngineHandle, Exit};
 use crate::metrics::Metrics;
@@ -72,24 +75,64 @@ pub fn run(config: Config) -> anyhow::Result<ExitCode> {
     Ok(code)
 }
 
+/// GPUs that this build can use.
+pub fn gpus() -> Vec<Gpu> {
+    #[cfg(feature = "cuda")]
+    let gpus = crate::backend::cuda::driver::list_devices();
+    #[cfg(not(feature = "cuda"))]
+    let gpus: Vec<(String, u64)> = Vec::new();
+    gpus.into_iter()
+        .map(|(name, memory_bytes)| Gpu { name, memory_bytes })
+        .collect()
+}
+
 /// Loads the model onto its device. The configuration comes back with what the device decided.
-fn load(mut config: Config) -> anyhow::Result<(Config, Box<dyn Executor>)> {
-    match config.device.kind {
-        DeviceKind::Cpu => {
-            let backend = CpuBackend::new(config.device.threads, config.model.dtype);
-            let threads = match config.device.threads {
-                0 => "all".to_owned(),
-                threads => threads.to_string(),
-            };
-            tracing::info!("running on the CPU with {threads} threads, {:?}", config.model.dtype);
-            // The CPU computes a step inside `submit`: planning ahead of it would only delay the tokens.
-            let executor = load_on(backend, &mut config, 1, Some(CPU_KV_BYTES))?;
-            Ok((config, executor))
-        }
+///
+/// # Errors
+/// No such device, or a checkpoint or a size that it cannot take.
+pub fn load(mut config: Config) -> anyhow::Result<(Config, Box<dyn Executor>)> {
+    // The CPU computes a step inside `submit`: planning ahead of it would only delay the tokens. A GPU computes while the
+    // host plans the next step.
+    let executor = match config.device.kind {
+        DeviceKind::Cpu => load_on(cpu(&config), &mut config, 1, Some(CPU_KV_BYTES))?,
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda { ordinal } => load_on(cuda(&config, ordinal)?, &mut config, 2, None)?,
+        #[cfg(not(feature = "cuda"))]
         DeviceKind::Cuda { ordinal } => {
             bail!("--device cuda:{ordinal}: this build of rvllm has no CUDA backend; use --device cpu")
         }
-    }
+    };
+    Ok((config, executor))
+}
+
+/// Bytes per second that the device reads now; see [`Backend::read_bandwidth`].
+///
+/// # Errors
+/// No such device.
+pub fn read_bandwidth(config: &Config) -> anyhow::Result<f64> {
+    Ok(match config.device.kind {
+        DeviceKind::Cpu => cpu(config).read_bandwidth()?,
+        #[cfg(feature = "cuda")]
+        DeviceKind::Cuda { ordinal } => cuda(config, ordinal)?.read_bandwidth()?,
+        #[cfg(not(feature = "cuda"))]
+        DeviceKind::Cuda { ordinal } => {
+            bail!("--device cuda:{ordinal}: this build of rvllm has no CUDA backend; use --device cpu")
+        }
+    })
+}
+
+fn cpu(config: &Config) -> CpuBackend {
+    CpuBackend::new(config.device.threads, config.model.dtype)
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(config: &Config, ordinal: usize) -> anyhow::Result<crate::backend::cuda::CudaBackend> {
+    let eager = config.device.enforce_eager;
+    Ok(crate::backend::cuda::CudaBackend::new(
+        ordinal,
+        config.model.dtype,
+        eager,
+    )?)
 }
 
 fn load_on<B: Backend>(
@@ -99,6 +142,7 @@ fn load_on<B: Backend>(
     default_kv_bytes: Option<usize>,
 ) -> anyhow::Result<Box<dyn Executor>> {
     let start = Instant::now();
+    tracing::info!("{}", backend.describe());
     if config.model.fit_max_model_len {
         let device_bytes = backend.memory_bytes()?;
         let shortest = config.cache.block_size.min(config.model.max_model_len);

@@ -210,13 +210,10 @@ pub struct Gpu {
 }
 
 impl Machine {
-    /// This machine. GPUs are listed by builds that can use them.
-    pub fn probe() -> Self {
+    /// This machine, with the GPUs that the build can use.
+    pub fn probe(gpus: Vec<Gpu>) -> Self {
         let cpu_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self {
-            cpu_threads,
-            gpus: Vec::new(),
-        }
+        Self { cpu_threads, gpus }
     }
 
     /// The device itself, when `kind` is one.
