@@ -1,13 +1,14 @@
 //! Parse, resolve, run.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use rvllm::cli::{self, Invocation};
 use rvllm::config::args::{Machine, Notice, ServeArgs};
 use rvllm::config::environment::Environment;
-use rvllm::config::logging::{self, LoggingConfig};
+use rvllm::config::logging;
 use rvllm::config::{Config, resolve};
+use rvllm::serve;
 use tracing::{info, warn};
 
 fn main() -> ExitCode {
@@ -39,8 +40,11 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         }
         Invocation::Serve(args) => {
             let config = configure(&args)?;
-            print(&config.summary());
-            Ok(ExitCode::SUCCESS)
+            if args.dry_run {
+                print(&config.summary());
+                return Ok(ExitCode::SUCCESS);
+            }
+            serve::run(config)
         }
         Invocation::Bench(args) => {
             let config = configure(&args.engine)?;
@@ -58,7 +62,7 @@ fn print(text: &str) {
 /// Sets up logging, then decides everything else.
 fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
     let env = Environment::of_process();
-    start_logging(&logging::resolve(&args.logging, &env)?);
+    serve::logging::init(&logging::resolve(&args.logging, &env)?);
     let environment_notices = env.check(args.general.fail_on_environ_validation)?;
     for notice in args.notices.iter().chain(&environment_notices) {
         match notice {
@@ -67,17 +71,4 @@ fn configure(args: &ServeArgs) -> anyhow::Result<Config> {
         }
     }
     Ok(resolve::resolve(args, &env, &Machine::probe())?)
-}
-
-fn start_logging(config: &LoggingConfig) {
-    let Some(level) = config.level else { return };
-    let builder = tracing_subscriber::fmt().with_max_level(level).with_target(false);
-    if config.to_stderr {
-        let color = config.color.unwrap_or_else(|| std::io::stderr().is_terminal());
-        builder.with_ansi(color).with_writer(std::io::stderr).init();
-    } else {
-        builder
-            .with_ansi(config.color.unwrap_or_else(|| std::io::stdout().is_terminal()))
-            .init();
-    }
 }

@@ -1,1 +1,322 @@
 //! The only file that knows every part: backend → runner → engine → text → chat → server.
+
+pub mod logging;
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::backend::Backend;
+use crate::backend::cpu::CpuBackend;
+use crate::chat::ChatEngine;
+use crate::config::{Config, DeviceKind, VLLM_VERSION};
+use crate::engine::{EngineConfig, EngineHandle, Exit};
+use crate::metrics::Metrics;
+use crate::runner::memory::CPU_KV_BYTES;
+use crate::runner::{ExecutorOptions, MemoryPlan, build_executor, plan_memory};
+use crate::server::{self, App, ServedModel, listen};
+use crate::step::Executor;
+use crate::text::{TextEngine, Tokenizer};
+
+/// Threads that serve HTTP; more only spin.
+const MAX_HTTP_THREADS: usize = 8;
+/// Threads per HTTP thread that render templates and tokenize.
+const BLOCKING_THREADS_PER_HTTP_THREAD: usize = 4;
+/// What open connections get to write their last frames after the engine has stopped.
+const LAST_FRAMES: Duration = Duration::from_secs(2);
+/// Exit codes: as after an unhandled error, and as shells report a second SIGTERM.
+const FAILED: u8 = 1;
+const INTERRUPTED: u8 = 143;
+
+/// Serves until a signal or the engine's death.
+///
+/// # Errors
+/// The server could not start: port, checkpoint, memory. The text is for the operator.
+pub fn run(config: Config) -> anyhow::Result<ExitCode> {
+    let start = Instant::now();
+    tracing::info!(
+        "rvllm API server version {} (API of vLLM {VLLM_VERSION})",
+        env!("CARGO_PKG_VERSION")
+    );
+    tracing::info!("model {}, served as {:?}", config.model.name, config.model.served_names);
+    raise_open_file_limit();
+    let bound = listen::bind(config.server.host.as_deref(), config.server.port).with_context(|| {
+        format!(
+            "port {} of {} cannot be used",
+            config.server.port,
+            config.server.host.as_deref().unwrap_or("0.0.0.0")
+        )
+    })?;
+
+    let (config, executor) = load(config)?;
+    let app = Arc::new(build_app(&config, executor)?);
+    tracing::info!("ready after {:.2} s", start.elapsed().as_secs_f64());
+
+    let http_threads = std::thread::available_parallelism()
+        .map_or(2, |n| n.get())
+        .clamp(2, MAX_HTTP_THREADS);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(http_threads)
+        .max_blocking_threads(http_threads * BLOCKING_THREADS_PER_HTTP_THREAD)
+        .thread_name("http")
+        .enable_all()
+        .build()
+        .context("the HTTP threads cannot be started")?;
+    let code = runtime.block_on(serve(app, bound))?;
+    // A blocking task may be inside a long template; its client is gone.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    Ok(code)
+}
+
+/// Loads the model onto its device. The configuration comes back with what the device decided.
+fn load(mut config: Config) -> anyhow::Result<(Config, Box<dyn Executor>)> {
+    match config.device.kind {
+        DeviceKind::Cpu => {
+            let backend = CpuBackend::new(config.device.threads, config.model.dtype);
+            let threads = match config.device.threads {
+                0 => "all".to_owned(),
+                threads => threads.to_string(),
+            };
+            tracing::info!("running on the CPU with {threads} threads, {:?}", config.model.dtype);
+            // The CPU computes a step inside `submit`: planning ahead of it would only delay the tokens.
+            let executor = load_on(backend, &mut config, 1, Some(CPU_KV_BYTES))?;
+            Ok((config, executor))
+        }
+        DeviceKind::Cuda { ordinal } => {
+            bail!("--device cuda:{ordinal}: this build of rvllm has no CUDA backend; use --device cpu")
+        }
+    }
+}
+
+fn load_on<B: Backend>(
+    backend: B,
+    config: &mut Config,
+    max_in_flight: usize,
+    default_kv_bytes: Option<usize>,
+) -> anyhow::Result<Box<dyn Executor>> {
+    let start = Instant::now();
+    if config.model.fit_max_model_len {
+        let device_bytes = backend.memory_bytes()?;
+        let shortest = config.cache.block_size.min(config.model.max_model_len);
+        let options = executor_options(config, shortest, max_in_flight, default_kv_bytes);
+        let fitting = plan_memory(&options, device_bytes)?.largest_model_len();
+        if fitting < config.model.max_model_len {
+            tracing::info!("--max-model-len auto: {fitting} tokens, what the KV cache holds");
+            config.model.max_model_len = fitting;
+        }
+    }
+    let mut next_percent = 25;
+    let mut progress = |loaded: u64, total: u64| {
+        let percent = (loaded * 100).checked_div(total).unwrap_or(100);
+        if percent >= next_percent {
+            tracing::info!("loading weights: {percent} %");
+            next_percent = (percent / 25 + 1) * 25;
+        }
+    };
+    let options = executor_options(config, config.model.max_model_len, max_in_flight, default_kv_bytes);
+    let (executor, plan) = build_executor(&options, backend, &mut progress)?;
+    tracing::info!("Loading weights took {:.2} seconds", start.elapsed().as_secs_f64());
+    log_memory(&plan);
+    Ok(executor)
+}
+
+fn executor_options(
+    config: &Config,
+    max_model_len: usize,
+    max_in_flight: usize,
+    default_kv_bytes: Option<usize>,
+) -> ExecutorOptions<'_> {
+    ExecutorOptions {
+        files: &config.model.files,
+        hf_config: &config.model.hf_config,
+        load_format: config.model.load_format,
+        dtype: config.model.dtype,
+        seed: config.model.seed,
+        max_model_len,
+        cache: &config.cache,
+        scheduler: &config.scheduler,
+        max_in_flight,
+        default_kv_bytes,
+    }
+}
+
+/// vLLM's lines on the KV cache, which operators look for, after the whole division of memory.
+fn log_memory(plan: &MemoryPlan) {
+    tracing::info!("{plan}");
+    let tokens = plan.largest_model_len();
+    tracing::info!("GPU KV cache size: {} tokens", grouped(tokens));
+    tracing::info!(
+        "Maximum concurrency for {} tokens per request: {:.2}x",
+        grouped(plan.max_model_len),
+        tokens as f64 / plan.max_model_len.max(1) as f64
+    );
+}
+
+/// `1234567` as `1,234,567`.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// From the executor up to what the router needs.
+fn build_app(config: &Config, executor: Box<dyn Executor>) -> anyhow::Result<App> {
+    let main_name = config
+        .model
+        .served_names
+        .first()
+        .map_or(config.model.name.as_str(), String::as_str);
+    let metrics = Arc::new(Metrics::new(main_name, config.model.max_model_len));
+    let mut engine_config = EngineConfig::new(
+        config.scheduler.clone(),
+        config.cache.prefix_caching,
+        config.model.max_model_len,
+    );
+    engine_config.log_stats_interval = config
+        .server
+        .log_stats
+        .then(|| Duration::try_from_secs_f64(config.server.log_stats_interval_s).ok())
+        .flatten();
+    let engine =
+        EngineHandle::start(executor, engine_config, metrics.clone()).context("the engine cannot be started")?;
+    let tokenizer = Arc::new(Tokenizer::load(&config.model.tokenizer_files)?);
+    let chat = ChatEngine::from_config(&config.chat, TextEngine::new(engine, tokenizer, (&config.model).into()))?;
+    let parsers = chat.parsers();
+    tracing::info!(
+        "reasoning parser: {}, tool call parser: {}",
+        parsers.reasoning.map_or("none", |entry| entry.name),
+        parsers.tool.map_or("none", |entry| entry.name)
+    );
+    Ok(App::new(
+        config.server.clone(),
+        config.chat.clone(),
+        ServedModel::new(&config.model),
+        chat,
+        metrics,
+    ))
+}
+
+/// Opens the port and serves until it is time to go.
+async fn serve(app: Arc<App>, bound: listen::Bound) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::new().context("signals cannot be handled")?;
+    let engine = app.engine().clone();
+    let keep_alive = Duration::from_secs(app.config.http_keep_alive_s.max(1));
+    let address = bound.address();
+    let listener = bound.listen().context("the port cannot be opened")?;
+    announce(address);
+
+    let drain = Duration::from_secs(app.config.shutdown_timeout_s);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = tokio::spawn(listen::serve(
+        listener,
+        server::router(app),
+        keep_alive,
+        async {
+            // A dropped sender means the same as a sent message.
+            let _ = stopped.await;
+        },
+        LAST_FRAMES,
+    ));
+
+    let code = tokio::select! {
+        exit = engine.stopped() => failed(&exit),
+        name = signals.next() => {
+            eprintln!("INFO:     Shutting down");
+            tracing::info!("{name}: running requests get {} s; a second signal ends them at once", drain.as_secs());
+            tokio::select! {
+                exit = engine.drain(Instant::now() + drain) => match exit {
+                    Exit::Finished => ExitCode::SUCCESS,
+                    Exit::Failed(_) => failed(&exit),
+                },
+                name = signals.next() => {
+                    tracing::warn!("{name} again: ending now");
+                    return Ok(ExitCode::from(INTERRUPTED));
+                }
+            }
+        }
+    };
+    drop(stop);
+    tokio::select! {
+        _ = serving => {}
+        _ = signals.next() => return Ok(ExitCode::from(INTERRUPTED)),
+    }
+    eprintln!("INFO:     Application shutdown complete.");
+    Ok(code)
+}
+
+fn failed(exit: &Exit) -> ExitCode {
+    tracing::error!("the engine is dead: {exit:?}");
+    ExitCode::from(FAILED)
+}
+
+/// The lines that scripts wait for, as vLLM and uvicorn print them.
+fn announce(address: SocketAddr) {
+    tracing::info!("Starting vLLM server on http://{address}");
+    eprintln!("INFO:     Started server process [{}]", std::process::id());
+    eprintln!("INFO:     Waiting for application startup.");
+    eprintln!("INFO:     Application startup complete.");
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Every connection is a file: the soft limit, often 1024, is raised to the hard one.
+fn raise_open_file_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: both calls only read or write the struct, which outlives them.
+    let raised = unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit) == 0
+        }
+    };
+    if !raised {
+        tracing::warn!(
+            "the limit on open files stays as it is: {}",
+            std::io::Error::last_os_error()
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped_by_thousands() {
+        for (number, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
+            assert_eq!(grouped(number), text);
+        }
+    }
+}

@@ -160,7 +160,7 @@ impl ChatEngine {
         } = request;
         let parse_tools = !tools.is_empty() && request.tool_choice == ToolChoice::Auto;
         let enable_thinking = template_kwargs.get("enable_thinking") != Some(&Value::Bool(false));
-        let prompt = self
+        let mut prompt = self
             .render(RenderRequest {
                 messages: request.messages,
                 tools,
@@ -172,6 +172,12 @@ impl ChatEngine {
                 add_special_tokens: false,
             })
             .await?;
+        if let Some(truncation) = request.truncation {
+            let mut ids = prompt.token_ids.to_vec();
+            if truncation.apply(&mut ids) {
+                prompt.token_ids = ids.into();
+            }
+        }
         let parsers = self.shared.parsers;
         if parsers.needs_special_tokens(parse_tools) {
             generate.skip_special_tokens = false;
@@ -245,6 +251,7 @@ mod tests {
             template_kwargs: Map::new(),
             chat_template: None,
             include_reasoning: true,
+            truncation: None,
             generate: GenerateRequest {
                 id: "test".into(),
                 prompt: Arc::from([]),

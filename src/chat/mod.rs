@@ -1,5 +1,6 @@
 //! Messages become a prompt; text deltas become assistant events.
 
+mod build;
 mod engine;
 mod event;
 mod jinja_source;
@@ -10,11 +11,12 @@ pub mod template;
 
 use serde_json::{Map, Value};
 
+pub use build::ChatBuildError;
 pub use engine::{Chat, ChatEngine, ChatError, ChatStream, RenderRequest, RenderedChat};
 pub use event::{ChatChoice, ChatDelta, ChatEvent, ChatFinish, FinishReason, Parsing, StopReason, ToolCallDelta};
 pub use stream::{ChoiceParsers, collect, events};
 
-use crate::text::GenerateRequest;
+use crate::text::{GenerateRequest, Truncation};
 
 /// A conversation, protocol-free. Built by the server's `convert.rs` of each chat-like endpoint.
 #[derive(Clone, Debug)]
@@ -34,6 +36,8 @@ pub struct ChatRequest {
     pub chat_template: Option<String>,
     /// False only hides: reasoning is generated and counted, not sent.
     pub include_reasoning: bool,
+    /// Cuts the rendered prompt.
+    pub truncation: Option<Truncation>,
     /// `prompt` is filled in by the chat layer.
     pub generate: GenerateRequest,
 }

@@ -115,7 +115,10 @@ fn reading_error(bytes: &[u8], path: &[String], error: &serde_json::Error) -> Ap
     match error.classify() {
         Category::Data => type_error(path, message),
         Category::Syntax | Category::Eof | Category::Io => {
-            let offset = byte_offset(bytes, error.line(), error.column());
+            let offset = match error.is_eof() {
+                true => bytes.len(),
+                false => byte_offset(bytes, error.line(), error.column()),
+            };
             ApiError::validation(
                 "json_invalid",
                 &[offset.to_string()],

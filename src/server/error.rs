@@ -10,6 +10,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
+use crate::chat::ChatError;
 use crate::engine::EngineError;
 use crate::text::TextError;
 
@@ -210,6 +211,16 @@ impl From<TextError> for ApiError {
                 param.map(str::to_owned),
             ),
             TextError::Engine(error) => error.into(),
+        }
+    }
+}
+
+impl From<ChatError> for ApiError {
+    fn from(error: ChatError) -> Self {
+        match error {
+            ChatError::Text(error) => error.into(),
+            ChatError::Invalid(message) => Self::bad_request(message),
+            ChatError::Internal(_) => Self::internal(error.to_string()),
         }
     }
 }

@@ -15,22 +15,33 @@ pub mod openai;
 pub mod sse;
 pub mod vllm;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::OriginalUri;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get};
+use axum::routing::{MethodRouter, get, post};
 
-use crate::config::{ModelConfig, ServerConfig};
+use crate::chat::ChatEngine;
+use crate::config::{ChatConfig, GenerationDefaults, ModelConfig, ServerConfig};
+use crate::engine::EngineHandle;
+use crate::metrics::Metrics;
+use crate::step::LogprobsMode;
+use crate::text::{TextEngine, Tokenizer};
 
 /// What the handlers share.
 pub struct App {
     pub config: ServerConfig,
+    pub chat_config: ChatConfig,
     pub model: ServedModel,
-    pub cors: cors::Cors,
-    pub keys: middleware::Keys,
+    pub chat: ChatEngine,
+    pub metrics: Arc<Metrics>,
+    cors: cors::Cors,
+    keys: middleware::Keys,
 }
 
 /// The model as clients see it.
@@ -42,6 +53,11 @@ pub struct ServedModel {
     pub root: String,
     /// Context length in tokens.
     pub max_model_len: usize,
+    pub vocab_size: usize,
+    pub generation_defaults: GenerationDefaults,
+    /// -1 = the vocabulary's size.
+    pub max_logprobs: i64,
+    pub logprobs_mode: LogprobsMode,
 }
 
 impl ServedModel {
@@ -50,17 +66,49 @@ impl ServedModel {
             served_names: config.served_names.clone(),
             root: config.name.clone(),
             max_model_len: config.max_model_len,
+            vocab_size: config.vocab_size,
+            generation_defaults: config.generation_defaults.clone(),
+            max_logprobs: config.max_logprobs,
+            logprobs_mode: config.logprobs_mode,
         }
     }
 }
 
 impl App {
-    pub fn new(config: ServerConfig, model: ServedModel) -> Self {
+    pub fn new(
+        config: ServerConfig,
+        chat_config: ChatConfig,
+        model: ServedModel,
+        chat: ChatEngine,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
             cors: cors::Cors::new(&config),
             keys: middleware::Keys::new(&config.api_keys),
             config,
+            chat_config,
             model,
+            chat,
+            metrics,
+        }
+    }
+
+    pub fn text(&self) -> &TextEngine {
+        self.chat.text()
+    }
+
+    pub fn tokenizer(&self) -> &Tokenizer {
+        self.text().tokenizer()
+    }
+
+    pub fn engine(&self) -> &EngineHandle {
+        self.text().engine()
+    }
+
+    /// `--enable-log-requests`: what was asked, without its text.
+    fn log_request(&self, id: &str, prompt_tokens: usize, n: u32) {
+        if self.config.log_requests {
+            tracing::info!("Received request {id}: {prompt_tokens} prompt tokens, n {n}");
         }
     }
 
@@ -82,14 +130,37 @@ impl App {
     }
 }
 
+/// Runs `work` where blocking is allowed: templates and tokenizing take milliseconds on long prompts.
+///
+/// # Errors
+/// 500: the work panicked.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, error::ApiError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| error::ApiError::internal("Internal server error"))
+}
+
 /// Every route. A path with a trailing slash is redirected to the one without.
 fn routes() -> Vec<(&'static str, MethodRouter<Arc<App>>)> {
     vec![
+        ("/v1/chat/completions", post(openai::chat_completions::create)),
+        ("/v1/completions", post(openai::completions::create)),
         ("/v1/models", get(openai::models::list)),
+        ("/tokenize", post(openai::tokenize::tokenize)),
+        ("/detokenize", post(openai::tokenize::detokenize)),
+        ("/health", get(vllm::health)),
+        ("/ping", get(vllm::health).post(vllm::health)),
         ("/version", get(vllm::version)),
         ("/load", get(vllm::load)),
+        ("/kv_event_sources", get(vllm::kv_event_sources)),
+        ("/metrics", get(vllm::metrics)),
+        ("/metrics/", get(vllm::metrics)),
+        ("/metrics/{*rest}", get(vllm::metrics)),
     ]
 }
+
+/// Routes whose requests are not measured: probes and scrapers.
+const UNMEASURED: [&str; 6] = ["/metrics", "/health", "/load", "/ping", "/version", "/server_info"];
 
 /// The whole HTTP surface.
 pub fn router(app: Arc<App>) -> Router {
@@ -100,8 +171,13 @@ pub fn router(app: Arc<App>) -> Router {
         .fold(Router::new(), |router, (path, handler)| router.route(path, handler))
         .method_not_allowed_fallback(|| async { error::method_not_allowed() })
         .fallback(move |OriginalUri(uri): OriginalUri| async move { unknown_path(&paths, uri.path(), uri.query()) })
-        .with_state(app.clone());
-    // The middleware stands around the router: it may change the path before a route is chosen.
+        .with_state(app.clone())
+        .layer(axum::middleware::from_fn_with_state(app.clone(), middleware::measure));
+    wrapped(app, inner)
+}
+
+/// The middleware stands around the router: it may change the path before a route is chosen.
+fn wrapped(app: Arc<App>, inner: Router) -> Router {
     Router::new().fallback_service(
         tower::ServiceBuilder::new()
             .layer(axum::middleware::from_fn_with_state(app, middleware::around))

@@ -81,9 +81,11 @@ impl KeepAlive {
     }
 }
 
+type FrameStream = Pin<Box<dyn Stream<Item = Result<Frames, ApiError>> + Send>>;
+
 struct EventStream {
     /// None once the last frame is out.
-    frames: Option<Pin<Box<dyn Stream<Item = Result<Frames, ApiError>> + Send>>>,
+    frames: Option<FrameStream>,
     keep_alive: Option<KeepAlive>,
 }
 

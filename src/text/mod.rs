@@ -8,6 +8,7 @@ pub mod logprobs;
 pub mod sampling;
 pub mod stop;
 pub mod tokenizer;
+mod truncation;
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::step::{SamplingParams, TokenId};
 pub use generate::{TextEngine, TextLimits, TextStream, collect};
 pub use sampling::{ResolvedSampling, SamplingOptions, SamplingRules, resolve_sampling};
 pub use tokenizer::Tokenizer;
+pub use truncation::Truncation;
 
 /// A prompt to continue, `n` times.
 #[derive(Clone, Debug)]

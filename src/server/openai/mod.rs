@@ -2,5 +2,10 @@
 
 pub mod chat_completions;
 pub mod completions;
+pub mod convert;
 pub mod models;
+pub mod reply;
+pub mod tokenize;
+pub mod truncate;
 pub mod types;
+pub mod validate;

@@ -1,3 +1,67 @@
 //! `POST /v1/chat/completions`.
 
+pub mod convert;
+pub mod messages;
+pub mod reply;
 pub mod types;
+pub mod validate;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
+use futures_util::stream::{self, Stream, StreamExt};
+
+use self::convert::{Conversion, convert};
+use self::reply::ChunkBuilder;
+use self::types::ChatCompletionRequest;
+use self::validate::ChatRules;
+use crate::chat::{self, Chat, ChatStream};
+use crate::server::body::JsonBody;
+use crate::server::error::ApiError;
+use crate::server::openai::convert::RequestContext;
+use crate::server::{App, sse};
+
+pub async fn create(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    JsonBody(request): JsonBody<ChatCompletionRequest>,
+) -> Result<Response, ApiError> {
+    let context = RequestContext::new("chatcmpl-", request.model.as_deref(), &request.sampling, &headers, &app)?;
+    let streams = request.sampling.stream.unwrap_or(false);
+    let rules = ChatRules {
+        trust_request_template: app.chat_config.trust_request_template,
+        has_tool_parser: app.chat.parsers().tool.is_some(),
+        max_model_len: app.model.max_model_len,
+    };
+    let tool_choice = validate::check(&request, rules)?;
+    let Conversion { request, mut reply } = convert(request, tool_choice, &app, context)?;
+    app.metrics.frontend.request_params_n.observe(f64::from(reply.n));
+
+    let Chat { prompt, events } = app.chat.chat(request).await?;
+    reply.set_prompt(prompt);
+    app.log_request(&reply.head.id, reply.prompt.len(), reply.n);
+    if streams {
+        let keep_alive = Duration::from_secs(app.config.sse_keep_alive_s);
+        return Ok(sse::response(chunks(events, ChunkBuilder::new(reply)), keep_alive));
+    }
+    let choices = chat::collect(reply.n, events).await?;
+    Ok(Json(reply::response(reply, choices)).into_response())
+}
+
+fn chunks(events: ChatStream, builder: ChunkBuilder) -> impl Stream<Item = Result<sse::Frames, ApiError>> + Send {
+    stream::unfold(Some((events, builder)), |state| async move {
+        let (mut events, mut builder) = state?;
+        match events.next().await {
+            Some(Ok(event)) => {
+                let frames = builder.event(&event);
+                Some((Ok(frames), Some((events, builder))))
+            }
+            Some(Err(error)) => Some((Err(error.into()), None)),
+            None => Some((Ok(builder.end()), None)),
+        }
+    })
+}

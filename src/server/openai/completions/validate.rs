@@ -1,0 +1,113 @@
+//! Rules of `/v1/completions`.
+
+use super::types::{CompletionRequest, Prompt};
+use crate::server::error::ApiError;
+use crate::server::openai::validate::check_shared;
+
+/// Most prompts of one request.
+const MAX_PROMPTS: usize = 1024;
+
+/// # Errors
+/// 400 that names the field.
+pub fn check(request: &CompletionRequest, max_model_len: usize) -> Result<(), ApiError> {
+    if request.prompt_embeds.is_some() {
+        return Err(ApiError::unsupported("prompt_embeds"));
+    }
+    if request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
+        return Err(ApiError::invalid("suffix", "suffix is not currently supported"));
+    }
+    check_prompts(request.prompt.as_ref().map_or(&[], |prompts| prompts.0.as_slice()))?;
+    check_shared(&request.sampling)?;
+    if let Some(count) = request.logprobs.filter(|count| *count < 0 && *count != -1) {
+        return Err(ApiError::invalid_value(
+            "logprobs",
+            "`logprobs` must be a positive value or -1.",
+            count,
+        ));
+    }
+    check_max_tokens(request, max_model_len)
+}
+
+fn check_prompts(prompts: &[Prompt]) -> Result<(), ApiError> {
+    if prompts.is_empty() {
+        return Err(ApiError::invalid(
+            "prompt",
+            "Either prompt or prompt_embeds must be provided and non-empty.",
+        ));
+    }
+    if prompts.len() > MAX_PROMPTS {
+        return Err(ApiError::invalid(
+            "prompt",
+            format!("at most {MAX_PROMPTS} prompts are allowed"),
+        ));
+    }
+    let empty = |prompt: &Prompt| match prompt {
+        Prompt::Text(text) => text.is_empty(),
+        Prompt::Tokens(ids) => ids.is_empty(),
+    };
+    if prompts.iter().any(empty) {
+        return Err(ApiError::invalid("prompt", "The prompt cannot be empty."));
+    }
+    Ok(())
+}
+
+fn check_max_tokens(request: &CompletionRequest, max_model_len: usize) -> Result<(), ApiError> {
+    let Some(value) = request.sampling.max_tokens else {
+        return Ok(());
+    };
+    let lowest = if request.echo.unwrap_or(false) { 0 } else { 1 };
+    if value < lowest {
+        return Err(ApiError::invalid_value(
+            "max_tokens",
+            format!("max_tokens must be at least {lowest}, got {value}."),
+            value,
+        ));
+    }
+    if usize::try_from(value).is_ok_and(|value| value > max_model_len) {
+        return Err(ApiError::invalid_value(
+            "max_tokens",
+            format!("max_tokens={value} cannot be greater than max_model_len={max_model_len}."),
+            value,
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::body::parse;
+
+    fn failure(json: &str) -> Option<String> {
+        let request: CompletionRequest = parse(json.as_bytes()).unwrap();
+        check(&request, 64).err().map(|error| {
+            assert_eq!(error.status, 400);
+            error.param.unwrap_or_default()
+        })
+    }
+
+    #[test]
+    fn broken_rules_name_the_field() {
+        let many = format!(r#"{{"prompt":[{}"a"]}}"#, r#""a","#.repeat(1024));
+        for (json, param) in [
+            ("{}", "prompt"),
+            (r#"{"prompt":""}"#, "prompt"),
+            (r#"{"prompt":[]}"#, "prompt"),
+            (r#"{"prompt":["a",""]}"#, "prompt"),
+            (r#"{"prompt":[[]]}"#, "prompt"),
+            (many.as_str(), "prompt"),
+            (r#"{"prompt":"a","suffix":"b"}"#, "suffix"),
+            (r#"{"prompt":"a","prompt_embeds":"b"}"#, "prompt_embeds"),
+            (r#"{"prompt":"a","logprobs":-3}"#, "logprobs"),
+            (r#"{"prompt":"a","max_tokens":0}"#, "max_tokens"),
+            (r#"{"prompt":"a","max_tokens":-1,"echo":true}"#, "max_tokens"),
+            (r#"{"prompt":"a","max_tokens":65}"#, "max_tokens"),
+        ] {
+            assert_eq!(failure(json).as_deref(), Some(param), "{json}");
+        }
+        assert_eq!(
+            failure(r#"{"prompt":"a","max_tokens":0,"echo":true,"suffix":null}"#),
+            None
+        );
+    }
+}

@@ -1,0 +1,141 @@
+//! The shared sampling fields on their way down.
+
+use std::sync::Arc;
+
+use axum::http::HeaderMap;
+
+use super::reply::Head;
+use super::types::SamplingFields;
+use crate::server::error::ApiError;
+use crate::server::{App, ids};
+use crate::step::TokenId;
+use crate::text::{GenerateRequest, ResolvedSampling, SamplingOptions, SamplingRules, resolve_sampling};
+
+const PRIORITY: &str = "x-vllm-priority";
+
+/// What the endpoints name differently.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct EndpointSampling {
+    /// `max_completion_tokens`, which beats `max_tokens`.
+    pub max_completion_tokens: Option<i64>,
+    /// Alternatives per token, from `top_logprobs` or `logprobs`.
+    pub logprobs: Option<i64>,
+    /// In place of the request's own.
+    pub max_tokens: Option<i64>,
+    pub prompt_logprobs: Option<i64>,
+    /// `max_tokens` where the request names none.
+    pub default_max_tokens: Option<u32>,
+}
+
+/// Completes the sampling fields by the generation config's defaults.
+///
+/// # Errors
+/// 400 for a value out of bounds.
+pub fn resolve(fields: &SamplingFields, endpoint: EndpointSampling, app: &App) -> Result<ResolvedSampling, ApiError> {
+    let max_tokens = endpoint
+        .max_tokens
+        .or(endpoint.max_completion_tokens)
+        .or(fields.max_tokens);
+    let options = SamplingOptions {
+        n: fields.n,
+        temperature: fields.temperature,
+        top_p: fields.top_p,
+        top_k: fields.top_k,
+        min_p: fields.min_p,
+        repetition_penalty: fields.repetition_penalty,
+        presence_penalty: fields.presence_penalty,
+        frequency_penalty: fields.frequency_penalty,
+        seed: fields.seed,
+        max_tokens,
+        max_tokens_param: match endpoint.max_completion_tokens {
+            Some(_) => "max_completion_tokens",
+            None => "max_tokens",
+        },
+        min_tokens: fields.min_tokens,
+        ignore_eos: fields.ignore_eos.unwrap_or(false),
+        stop: fields.stop.clone().unwrap_or_default().0,
+        stop_token_ids: fields.stop_token_ids.clone().unwrap_or_default(),
+        logit_bias: fields.logit_bias.clone().unwrap_or_default().0,
+        allowed_token_ids: fields.allowed_token_ids.clone(),
+        bad_words: fields.bad_words.clone().unwrap_or_default(),
+        logprobs: endpoint.logprobs,
+        prompt_logprobs: endpoint.prompt_logprobs,
+    };
+    let model = &app.model;
+    let rules = SamplingRules {
+        defaults: &model.generation_defaults,
+        tokenizer: app.tokenizer(),
+        vocab_size: model.vocab_size,
+        max_model_len: model.max_model_len,
+        max_logprobs: model.max_logprobs,
+        logprobs_mode: model.logprobs_mode,
+        default_max_tokens: endpoint.default_max_tokens,
+    };
+    Ok(resolve_sampling(options, &rules)?)
+}
+
+/// What a request's headers and the server add to its body.
+#[derive(Clone, Debug)]
+pub struct RequestContext {
+    pub head: Head,
+    /// `X-Vllm-Priority`, which beats the body's.
+    pub priority: Option<i64>,
+}
+
+impl RequestContext {
+    /// `prefix` stands before the response's id.
+    ///
+    /// # Errors
+    /// 404 for a model that is not served, 400 for a priority that is no number.
+    pub fn new(
+        prefix: &str,
+        model: Option<&str>,
+        fields: &SamplingFields,
+        headers: &HeaderMap,
+        app: &App,
+    ) -> Result<Self, ApiError> {
+        let model = app.model_name(model)?;
+        let id = ids::of_request(headers, fields.request_id.as_deref());
+        let priority = match headers.get(PRIORITY) {
+            None => None,
+            Some(value) => Some(
+                value
+                    .to_str()
+                    .ok()
+                    .and_then(|value| value.trim().parse().ok())
+                    .ok_or_else(|| ApiError::invalid(PRIORITY, "the header must be an integer"))?,
+            ),
+        };
+        Ok(Self {
+            head: Head::new(format!("{prefix}{id}"), model, &app.config),
+            priority,
+        })
+    }
+}
+
+/// The text layer's request for one prompt.
+pub fn generate_request(
+    fields: &SamplingFields,
+    resolved: ResolvedSampling,
+    prompt: Arc<[TokenId]>,
+    context: &RequestContext,
+    app: &App,
+) -> GenerateRequest {
+    let skip_by_default = app.model.generation_defaults.skip_special_tokens.unwrap_or(true);
+    GenerateRequest {
+        id: context.head.id.clone(),
+        prompt,
+        sampling: resolved.sampling,
+        n: resolved.n,
+        max_tokens: resolved.max_tokens,
+        min_tokens: resolved.min_tokens,
+        ignore_eos: resolved.ignore_eos,
+        stop_token_ids: resolved.stop_token_ids,
+        stop: resolved.stop,
+        include_stop_str_in_output: fields.include_stop_str_in_output.unwrap_or(false),
+        skip_special_tokens: fields.skip_special_tokens.unwrap_or(skip_by_default),
+        spaces_between_special_tokens: fields.spaces_between_special_tokens.unwrap_or(true),
+        priority: context.priority.or(fields.priority).unwrap_or(0),
+        cache_salt: fields.cache_salt.clone(),
+    }
+}
