@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::ModelFiles;
 use super::args::ServeArgs;
 use super::environment::Environment;
 use super::resolve::ConfigError;
+use super::{ModelFiles, demo};
 use crate::hub::{Hub, HubSettings, Selection};
 
 /// The branch that is meant when no `--revision` is given.
@@ -45,6 +45,9 @@ impl Locator {
         revision: Option<&str>,
         weights: bool,
     ) -> Result<ModelFiles, ConfigError> {
+        if name == demo::NAME {
+            return Ok(ModelFiles::Embedded(demo::FILES));
+        }
         let path = self.expand(name);
         if path.is_dir() {
             return Ok(ModelFiles::Directory(path));

@@ -4,6 +4,7 @@
 
 pub mod args;
 mod checkpoint;
+mod demo;
 pub mod environment;
 mod files;
 mod limits;
