@@ -3,9 +3,9 @@
 // moe_lists: the (token, k) pairs of each expert, in token order, and the list of experts that have any.
 //
 // Shapes: x [T, H], gate [E, H], bias [E] f32 or null; pair p = t · K + k: pair_weight [T · K] f32, pair_expert [T · K];
-// sorted_pairs [T · K], offsets [E + 1], active [E], active_count [1]. E <= 64, E a multiple of 8, K <= 8, H a multiple of 256.
+// sorted_pairs [T · K], offsets [E + 1], active [E], active_count [1]. E <= 64, E a multiple of 8, K <= 8, H a multiple of 32.
 // Router product accumulated and kept in f32 (bf16 inputs).
-// Grid: one block of 8 warps per 16 tokens; a warp owns an eighth of H for all experts, partial sums meet in shared memory and
+// Grid: one block of 8 warps per 16 tokens; a warp owns every eighth 32 of H for all experts, partial sums meet in shared memory and
 // are added in warp order. With at most 16 tokens the one block also makes the lists, so a decode step needs no second kernel.
 // moe_lists: one block per expert, 1,024 threads; it counts the smaller experts' pairs for its own offset.
 // Cost: E · H · 2 bytes from L2 per 16 tokens.
@@ -21,22 +21,23 @@ DEVICE void route(const T *__restrict__ x, const T *__restrict__ gate, const flo
     extern __shared__ float logits[];  // [warps][16 tokens][E]
     __shared__ int chosen[ROUTE_TOKENS * 8];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    const int t0 = blockIdx.x * ROUTE_TOKENS, per_warp = H / ROUTE_WARPS;
+    const int t0 = blockIdx.x * ROUTE_TOKENS;
     pdl_launch();
     pdl_wait();
     for (int e0 = 0; e0 < E; e0 += 16) {
         float d[2][4] = {};
         const bool low = e0 + g < E, high = e0 + g + 8 < E;
-        const T *w0 = gate + (size_t)(e0 + g) * H + warp * per_warp + t * 8;
+        const T *w0 = gate + (size_t)(e0 + g) * H + t * 8;
         const T *w1 = w0 + (size_t)8 * H;
-        for (int k = 0; k < per_warp; k += 32) {
+        #pragma unroll 4
+        for (int k = warp * 32; k < H; k += ROUTE_WARPS * 32) {
             const uint4 zero = make_uint4(0, 0, 0, 0);
             const uint4 a = low ? *reinterpret_cast<const uint4 *>(w0 + k) : zero;
             const uint4 b = high ? *reinterpret_cast<const uint4 *>(w1 + k) : zero;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int m = t0 + i * 8 + g;
-                const uint4 v = m < tokens ? *reinterpret_cast<const uint4 *>(x + (size_t)m * H + warp * per_warp + k + t * 8) : zero;
+                const uint4 v = m < tokens ? *reinterpret_cast<const uint4 *>(x + (size_t)m * H + k + t * 8) : zero;
                 mma16816<T>(d[i], a.x, b.x, a.y, b.y, v.x, v.y);
                 mma16816<T>(d[i], a.z, b.z, a.w, b.w, v.z, v.w);
             }

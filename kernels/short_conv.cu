@@ -7,7 +7,8 @@
 // Grid: (pieces, ceil(H / 256)): a piece is up to 32 tokens of one row (piece_row, piece_start; a decode row is one piece), a thread
 // owns two neighbouring channels of it and walks its tokens with the L - 1 last z in registers. Before its first token it reads
 // them from the state, from earlier tokens of the row, or takes zero (reset, or before the row).
-// short_conv_state writes the states of all rows afterwards, so that no piece reads what another has replaced.
+// Where every row is one piece, its thread also writes the state it alone has read (`keep_state`); otherwise short_conv_state writes
+// the states of all rows afterwards, so that no piece reads what another has replaced.
 // Preconditions: slots of padding rows are negative (they are skipped).
 // Cost: T · 4H · 2 bytes + S · 2 (L - 1) H · 2.
 #include "common.cuh"
@@ -29,9 +30,9 @@ template <typename T, int L> struct Conv {
 };
 
 template <typename T, int L>
-DEVICE void conv(const T *__restrict__ bcx, const T *__restrict__ taps, const T *__restrict__ bias, const T *__restrict__ state,
+DEVICE void conv(const T *__restrict__ bcx, const T *__restrict__ taps, const T *__restrict__ bias, T *__restrict__ state,
                  const int32_t *__restrict__ piece_row, const uint32_t *__restrict__ piece_start, const uint32_t *__restrict__ row_starts,
-                 const int32_t *__restrict__ slots, const uint8_t *__restrict__ reset_conv, T *__restrict__ out, int H) {
+                 const int32_t *__restrict__ slots, const uint8_t *__restrict__ reset_conv, T *__restrict__ out, int H, int keep_state) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 2;
     if (c >= H) return;
     float2 tap[L], add = make_float2(0.f, 0.f);
@@ -65,6 +66,10 @@ DEVICE void conv(const T *__restrict__ bcx, const T *__restrict__ taps, const T 
 #pragma unroll
         for (int k = 0; k < L - 1; k++) window[k] = window[k + 1];
     }
+    if (keep_state)
+#pragma unroll
+        for (int k = 0; k < L - 1; k++)
+            *reinterpret_cast<uint32_t *>(state + ((size_t)slot * (L - 1) + k) * H + c) = pack2<T>(window[k].x, window[k].y);
 }
 
 // Grid: (S, ceil(H / 512)).
@@ -87,10 +92,10 @@ DEVICE void keep(const T *__restrict__ bcx, T *__restrict__ state, const uint32_
 
 #define CONV(T, L)                                                                                                            \
     extern "C" __global__ void __launch_bounds__(128)                                                                         \
-        short_conv_##T##_##L(const T *bcx, const T *taps, const T *bias, const T *state, const int32_t *piece_row,            \
+        short_conv_##T##_##L(const T *bcx, const T *taps, const T *bias, T *state, const int32_t *piece_row,                  \
                              const uint32_t *piece_start, const uint32_t *row_starts, const int32_t *slots,                   \
-                             const uint8_t *reset_conv, T *out, int H) {                                                      \
-        conv<T, L>(bcx, taps, bias, state, piece_row, piece_start, row_starts, slots, reset_conv, out, H);                    \
+                             const uint8_t *reset_conv, T *out, int H, int keep_state) {                                      \
+        conv<T, L>(bcx, taps, bias, state, piece_row, piece_start, row_starts, slots, reset_conv, out, H, keep_state);        \
     }                                                                                                                         \
     extern "C" __global__ void __launch_bounds__(256)                                                                         \
         short_conv_state_##T##_##L(const T *bcx, T *state, const uint32_t *row_starts, const int32_t *slots,                  \

@@ -47,8 +47,24 @@ enum Product {
     Tiled { tile: Tile, splits: usize },
 }
 
+/// Rows of weights that one item of include/stream.cuh holds, and its most inner elements.
+pub(super) const STREAM_ROWS: usize = 16;
+const STREAM_CHUNK: usize = 1024;
+
+/// Shared memory of `StreamShared<tiles>`: three stages of padded rows, partial sums, barriers.
+pub(super) const fn stream_shared_bytes(tiles: usize) -> usize {
+    3 * STREAM_ROWS * (STREAM_CHUNK * 2 + 64) + 8 * tiles * 16 * 9 * 4 + 3 * 8
+}
+
+/// Inner elements of an item: the largest part of K that fits, in 32s. None: K is no multiple of 32.
+pub(super) fn stream_chunk(k: usize) -> Option<usize> {
+    (k.div_ceil(STREAM_CHUNK)..=k / 32)
+        .find(|chunks| k.is_multiple_of(chunks * 32))
+        .map(|chunks| k / chunks)
+}
+
 fn choose(m: usize, n: usize, k: usize, multiprocessors: usize) -> Product {
-    if m <= 16 && k.is_multiple_of(256) && n.is_multiple_of(16) {
+    if m <= 16 && k.is_multiple_of(256) && n.is_multiple_of(STREAM_ROWS) {
         return Product::Skinny { tiles: m.div_ceil(8) };
     }
     let tiles = |t: Tile| n.div_ceil(t.bn) * m.div_ceil(t.bm);
@@ -72,6 +88,16 @@ fn choose(m: usize, n: usize, k: usize, multiprocessors: usize) -> Product {
 }
 
 impl CudaBackend {
+    /// Blocks and shared memory for `items` items of include/stream.cuh: a block per SM on sm_90 and later, one per item
+    /// before it.
+    pub(super) fn stream_launch(&self, items: usize, tiles: usize) -> (usize, usize) {
+        if self.device.capability >= 90 {
+            (items.min(self.device.multiprocessors), stream_shared_bytes(tiles))
+        } else {
+            (items, 0)
+        }
+    }
+
     pub(super) fn matrix_product(
         &mut self,
         x: &CudaTensor,
@@ -97,16 +123,12 @@ impl CudaBackend {
         let bias = bias.map_or(0, |b| b.memory.address).arg();
         match choose(rows, n, k, self.device.multiprocessors) {
             Product::Skinny { tiles } => {
-                let function = self
-                    .device
-                    .function(&format!("linear_skinny_{}_{output}_{tiles}", self.suffix), 0)?;
-                self.device.launch(
-                    function,
-                    [n / 16, 1, 1],
-                    256,
-                    0,
-                    &[x, w, bias, out, rows.arg(), n.arg(), k.arg()],
-                )
+                let name = format!("linear_skinny_{}_{output}_{tiles}", self.suffix);
+                let (blocks, shared_bytes) = self.stream_launch(n / STREAM_ROWS, tiles);
+                let function = self.device.function(&name, shared_bytes)?;
+                let chunk = stream_chunk(k).unwrap_or(k);
+                let args = [x, w, bias, out, rows.arg(), n.arg(), k.arg(), chunk.arg()];
+                self.device.launch(function, [blocks, 1, 1], 256, shared_bytes, &args)
             }
             Product::Tiled { tile, splits } => {
                 let name = format!("gemm_{}_{output}_{}x{}", self.suffix, tile.bm, tile.bn);

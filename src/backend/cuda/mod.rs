@@ -70,6 +70,7 @@ pub struct CudaWeight {
 pub struct CudaKvCache {
     k: Memory,
     v: Memory,
+    inverse_frequency: Memory,
     block_size: usize,
 }
 
@@ -84,8 +85,6 @@ pub struct CudaBackend {
     dtype: DType,
     /// The kernels' name for the element type.
     suffix: &'static str,
-    /// `[D / 2]` f32 of the last rope theta asked for.
-    inverse_frequency: Option<(f64, Memory)>,
     /// f32 partial sums of matrix products whose K is split over blocks, and a zeroed arrival counter per tile.
     split_partial: Memory,
     split_arrived: Memory,
@@ -139,7 +138,6 @@ impl CudaBackend {
             device,
             dtype,
             suffix,
-            inverse_frequency: None,
             attention_partial: None,
             graphs: (!enforce_eager).then(HashMap::new),
             attention_splits: 0,
@@ -196,17 +194,14 @@ impl CudaBackend {
         )
     }
 
-    fn inverse_frequency(&mut self, shape: &AttentionShape) -> Result<Address> {
-        if !matches!(&self.inverse_frequency, Some((theta, _)) if *theta == shape.rope_theta) {
-            let memory = Memory::new(&self.device, shape.head_dim / 2 * 4, "rope")?;
-            let values: Vec<u8> = (0..shape.head_dim / 2)
-                .flat_map(|j| (shape.rope_theta.powf(-2.0 * j as f64 / shape.head_dim as f64) as f32).to_le_bytes())
-                .collect();
-            memory.upload(0, &values, "rope")?;
-            self.device.synchronize("rope")?;
-            self.inverse_frequency = Some((shape.rope_theta, memory));
-        }
-        Ok(self.inverse_frequency.as_ref().map_or(0, |(_, m)| m.address))
+    /// `[D / 2]` f32: what a position is multiplied with to get RoPE's angles.
+    fn inverse_frequency(&self, shape: &AttentionShape) -> Result<Memory> {
+        let memory = Memory::new(&self.device, shape.head_dim / 2 * 4, "rope")?;
+        let values: Vec<u8> = (0..shape.head_dim / 2)
+            .flat_map(|j| (shape.rope_theta.powf(-2.0 * j as f64 / shape.head_dim as f64) as f32).to_le_bytes())
+            .collect();
+        memory.upload(0, &values, "rope")?;
+        Ok(memory)
     }
 }
 
@@ -259,7 +254,12 @@ impl Backend for CudaBackend {
     type Sampler = CudaSampler;
 
     fn describe(&self) -> String {
-        let matrix = "mma.sync tiles, register-streamed skinny products";
+        let few = if self.device.capability >= 90 {
+            "bulk copies"
+        } else {
+            "registers"
+        };
+        let matrix = format!("mma.sync tiles, weights streamed through {few} for few tokens");
         format!(
             "CUDA device {} (sm_{}, {} SMs, driver {}), {} activations, {matrix}",
             self.device.name,
@@ -371,6 +371,7 @@ impl Backend for CudaBackend {
         Ok(CudaKvCache {
             k: Memory::new(&self.device, bytes, "kv_cache")?,
             v: Memory::new(&self.device, bytes, "kv_cache")?,
+            inverse_frequency: self.inverse_frequency(shape)?,
             block_size,
         })
     }
@@ -602,12 +603,11 @@ impl Backend for CudaBackend {
             shape.head_dim == 64 && qkv.cols == heads * 64 && q_norm.dtype == self.dtype && k_norm.dtype == self.dtype,
             || format!("{heads} heads of {} in {} columns", shape.head_dim, qkv.cols),
         )?;
-        let frequency = self.inverse_frequency(shape)?;
         let args = [
             qkv.address().arg(),
             q_norm.memory.address.arg(),
             k_norm.memory.address.arg(),
-            frequency.arg(),
+            kv.inverse_frequency.address.arg(),
             batch.positions().arg(),
             batch.slot_mapping().arg(),
             kv.k.address.arg(),
@@ -711,6 +711,7 @@ impl Backend for CudaBackend {
         )?;
         out.parts = None;
         let h = state.hidden;
+        let one_piece_rows = batch.pieces == batch.rows;
         let function = self
             .device
             .function(&format!("short_conv_{}_{}", self.suffix, state.taps), 0)?;
@@ -726,9 +727,13 @@ impl Backend for CudaBackend {
             batch.reset_conv().arg(),
             out.address().arg(),
             h.arg(),
+            one_piece_rows.arg(),
         ];
         self.device
             .launch(function, [batch.pieces, h.div_ceil(256), 1], 128, 0, &args)?;
+        if one_piece_rows {
+            return Ok(());
+        }
         let function = self
             .device
             .function(&format!("short_conv_state_{}_{}", self.suffix, state.taps), 0)?;

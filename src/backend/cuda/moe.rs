@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::driver::{Arg, Device, Memory};
+use super::linear::{STREAM_ROWS, stream_chunk};
 use super::{CudaBackend, CudaTensor, CudaWeight, need};
 use crate::backend::{DType, Result, RouteShape};
 
@@ -10,6 +11,8 @@ use crate::backend::{DType, Result, RouteShape};
 const SKINNY_TOKENS: usize = 64;
 /// moe_route makes the experts' lists itself up to here; past it moe_lists does.
 const ONE_BLOCK_TOKENS: usize = 16;
+/// EXPERT_TILES of moe_experts.cu.
+const EXPERT_TILES: usize = 2;
 
 /// Chosen experts, their lists, and the hidden and weighted output of every (token, k) pair.
 pub struct CudaRouting {
@@ -120,8 +123,8 @@ impl CudaBackend {
                 )
             },
         )?;
-        need("moe_route", r.hidden.is_multiple_of(256), || {
-            format!("hidden {} is no multiple of 256", r.hidden)
+        need("moe_route", r.hidden.is_multiple_of(32), || {
+            format!("hidden {} is no multiple of 32", r.hidden)
         })?;
         need(
             "moe_route",
@@ -196,7 +199,7 @@ impl CudaBackend {
             || format!("{rows} rows of {} into [{}, {}]", w13.dtype, out.rows, out.cols),
         )?;
         let fits = |inner: usize| inner.is_multiple_of(256) && inner <= 2048;
-        let skinny = rows <= SKINNY_TOKENS && fits(h) && fits(f) && h.is_multiple_of(16);
+        let skinny = rows <= SKINNY_TOKENS && fits(h) && fits(f) && h.is_multiple_of(STREAM_ROWS);
         let lists = [r.sorted_pairs.address.arg(), r.offsets.address.arg()];
         let (weight, mid, delta) = (r.pair_weight.address.arg(), r.h.address.arg(), r.delta.address.arg());
         // w13: x by token → h by pair; w2: h by pair → delta by pair.
@@ -208,7 +211,14 @@ impl CudaBackend {
             let w = w.memory.address.arg();
             let columns = if gated { 2 * n } else { n };
             if skinny {
-                let function = self.kernel(&format!("moe_{name}_skinny"), 0)?;
+                let groups = (rows * k).min(e);
+                let (blocks, shared_bytes) = self.stream_launch(groups * columns / STREAM_ROWS, EXPERT_TILES);
+                let function = self.kernel(&format!("moe_{name}_skinny"), shared_bytes)?;
+                let grid = if shared_bytes > 0 {
+                    [blocks, 1, 1]
+                } else {
+                    [columns / STREAM_ROWS, groups, 1]
+                };
                 let active = [r.active.address.arg(), r.active_count.address.arg()];
                 let args = [
                     from,
@@ -222,9 +232,9 @@ impl CudaBackend {
                     n.arg(),
                     inner.arg(),
                     k.arg(),
+                    stream_chunk(inner).unwrap_or(inner).arg(),
                 ];
-                self.device
-                    .launch(function, [columns / 16, (rows * k).min(e), 1], 256, 0, &args)?;
+                self.device.launch(function, grid, 256, shared_bytes, &args)?;
             } else {
                 let tile = Tile::for_tokens(rows, &r.shape);
                 let name = format!("moe_{name}_gemm_{}_{}x{}", self.suffix, tile.bm, Tile::BN);
