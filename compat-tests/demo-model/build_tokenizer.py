@@ -49,7 +49,7 @@ def frequent_pieces(pre, n_texts, limit):
         for text, _ in data.sample(r):
             for part in special.split(text):
                 if part:
-                    counts.update({p for p, _ in pre.pre_tokenize_str(part)})
+                    counts.update(sorted({p for p, _ in pre.pre_tokenize_str(part)}))
     word = re.compile(r"Ġ[a-z]+|[A-Z][a-z]+|[^A-Za-z0-9]+|'(s|m|re|ll|ve|t|d)|ĠI|JSON|ĠJSON|ĠAI")
     contents = {"Ġ" + w for w in words.COMMON + words.ADJECTIVES + words.VERBS + words.CONDITIONS + data.KEYS + ["celsius", "fahrenheit"]}
     keep = [p for p, n in counts.most_common() if len(p) > 1 and word.fullmatch(p) and all(c in "ĠĊ" or c.isascii() for c in p)
