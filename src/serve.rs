@@ -142,7 +142,7 @@ fn load_on<B: Backend>(
     default_kv_bytes: Option<usize>,
 ) -> anyhow::Result<Box<dyn Executor>> {
     let start = Instant::now();
-    tracing::info!("{}", backend.describe());
+    tracing::info!("running on {}", backend.describe());
     if config.model.fit_max_model_len {
         let device_bytes = backend.memory_bytes()?;
         let shortest = config.cache.block_size.min(config.model.max_model_len);

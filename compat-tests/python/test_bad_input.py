@@ -73,6 +73,8 @@ RAW = {
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/tokenize", "/detokenize"])
 @pytest.mark.parametrize("name", RAW)
 def test_raw_bodies(demo, path, name):
+    if name == "overflow" and "tokenize" in path:
+        pytest.skip("valid JSON to Python, in a field that this route does not have")
     r = demo.post(path, content=RAW[name], headers={"content-type": "application/json"})
     refused(r)
 
@@ -164,7 +166,7 @@ def test_unknown_model(demo):
 
 
 def test_templates_from_requests_are_not_trusted(demo):
-    refused(demo.post(CHAT, chat(chat_template="{% for i in range(1000000000) %}x{% endfor %}")), param="chat_template")
+    refused(demo.post(CHAT, chat(chat_template="{% for i in range(1000000000) %}x{% endfor %}")), param="--trust-request-chat-template")
 
 
 def test_template_arguments_cannot_replace_reserved_names(demo):

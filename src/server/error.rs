@@ -142,8 +142,12 @@ impl ApiError {
         )
     }
 
-    pub fn model_not_found(model: &str) -> Self {
-        let message = format!("The model `{}` does not exist.", shortened(model));
+    pub fn model_not_found(model: &str, served: &[String]) -> Self {
+        let message = format!(
+            "The model `{}` does not exist. Served here: {}.",
+            shortened(model),
+            served.join(", ")
+        );
         Self::new(
             StatusCode::NOT_FOUND,
             "NotFoundError",

@@ -125,7 +125,7 @@ impl App {
                 .iter()
                 .find(|served| *served == name)
                 .map(String::as_str)
-                .ok_or_else(|| error::ApiError::model_not_found(name)),
+                .ok_or_else(|| error::ApiError::model_not_found(name, &self.model.served_names)),
         }
     }
 }

@@ -153,7 +153,7 @@ impl Backend for CpuBackend {
 
     fn describe(&self) -> String {
         format!(
-            "cpu: {} threads, {}; activations float32 (for {}), {}",
+            "CPU, {} threads, {}; activations float32 (for {}), {}",
             self.pool.threads(),
             self.isa.name(),
             self.activation_dtype,
