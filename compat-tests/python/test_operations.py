@@ -155,15 +155,16 @@ def test_sigterm_drains():
         result = {}
 
         def ask():
-            result["r"] = server.post("/v1/completions", {"prompt": "x", "max_tokens": 300, "ignore_eos": True})
+            result["r"] = server.post("/v1/completions", {"prompt": "x", "max_tokens": 2000, "ignore_eos": True})
 
         thread = threading.Thread(target=ask)
         thread.start()
         while server.metric("vllm:num_requests_running") < 1:
+            assert thread.is_alive(), "the request ended before it was seen running"
             time.sleep(0.01)
         server.signal()
         thread.join()
-        assert result["r"].json()["usage"]["completion_tokens"] == 300
+        assert result["r"].json()["usage"]["completion_tokens"] == 2000
         assert server.wait(10) == 0
     finally:
         server.stop()
