@@ -224,10 +224,10 @@ def test_queue_limit_is_503():
 
 
 def test_preemption_changes_no_text(tmp_path):
-    """So few KV blocks that sequences must be preempted and recomputed."""
+    """So few KV blocks that any two sequences at once must be preempted and recomputed."""
     small = Server("demo", "--num-gpu-blocks-override", "40", "--max-model-len", "512", "--max-num-seqs", "8")
     try:
-        body = {"prompt": "Count to 100", "max_tokens": 120, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        body = {"prompt": "Count to 100", "max_tokens": 450, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         alone = small.post("/v1/completions", body).json()["choices"][0]["token_ids"]
         results = []
         threads = [threading.Thread(target=lambda: results.append(small.post("/v1/completions", body).json()["choices"][0]["token_ids"])) for _ in range(8)]

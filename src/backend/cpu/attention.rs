@@ -81,6 +81,28 @@ impl CpuKvCache {
     }
 }
 
+#[cfg(test)]
+impl CpuKvCache {
+    /// K and V `[D]` of one head at one token of a block of an f32 cache.
+    pub fn token(&self, block: usize, offset: usize, head: usize) -> (Vec<f32>, Vec<f32>) {
+        let KvStorage::F32(Blocks { k, v }) = &self.storage else {
+            panic!("not an f32 cache")
+        };
+        let at = block * self.heads + head;
+        let (keys, width) = (
+            self.block_size.next_multiple_of(LANES),
+            self.head_dim.next_multiple_of(LANES),
+        );
+        let k = (0..self.head_dim)
+            .map(|d| k[(at * self.head_dim + d) * keys + offset])
+            .collect();
+        (
+            k,
+            v[(at * self.block_size + offset) * width..][..self.head_dim].to_vec(),
+        )
+    }
+}
+
 /// cos and sin of every token of a step, computed once per step.
 #[derive(Default)]
 pub struct RopeTable {

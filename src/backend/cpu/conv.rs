@@ -17,6 +17,15 @@ pub struct CpuConvState {
     pub(super) data: super::buffer::Buffer<f32>,
 }
 
+#[cfg(test)]
+impl CpuConvState {
+    /// A slot's `[L - 1, H]`, the oldest first.
+    pub fn slot(&self, slot: usize) -> &[f32] {
+        let len = self.history * self.hidden;
+        &self.data[slot * len..][..len]
+    }
+}
+
 /// `z = b ⊙ x`, rounded to `T`.
 #[inline(always)]
 fn gate_body<const FMA: bool, T: Element>(b: &[f32], x: &[f32], z: &mut [f32]) {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::config::Lfm2Config;
 use super::params::params;
-use super::text::{Cache, Lfm2Text};
+use super::text::{Cache, LayerState, Lfm2Text};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, BatchLayout, DType};
 use crate::config::ModelFiles;
@@ -34,6 +34,7 @@ struct Prefill {
     hidden: Vec<Vec<f32>>,
     final_norm: Vec<f32>,
     logits: Vec<f32>,
+    cache: Cache<CpuBackend>,
 }
 
 fn load(dir: &Path, hf_config: &Value, dtype: DType) -> Result<Loaded, LoadError> {
@@ -103,6 +104,7 @@ impl Loaded {
             hidden,
             final_norm: read(&ws.normed),
             logits: read(&logits),
+            cache,
         }
     }
 
@@ -144,6 +146,60 @@ fn fp32_logits_and_hidden_states() {
                 max_difference(got, want)
             );
         }
+    }
+}
+
+#[test]
+fn fp32_cache_contents() {
+    for name in MODELS {
+        let (golden, tensors) = (Golden::read(name), golden_tensors(name));
+        let mut loaded = load_golden(name, DType::F32);
+        for prompt in PROMPTS {
+            let tokens = golden.prompt(prompt).len();
+            let run = loaded.prefill(&golden.prompt(prompt));
+            let mut compared = 0;
+            for (i, state) in run.cache.0.iter().enumerate() {
+                let want = |what: &str| tensors.get(&format!("fp32.cache.{prompt}.layers.{i}.{what}"));
+                match state {
+                    // `[H, L - 1]` there, `[L - 1, H]` here.
+                    LayerState::Conv(state) => {
+                        let want = want("conv_state").expect("each prompt has its conv states");
+                        let history = want.shape[1];
+                        let want = want.to_f32();
+                        let turned: Vec<f32> = (0..history)
+                            .flat_map(|k| want.iter().skip(k).step_by(history).copied())
+                            .collect();
+                        let far = max_difference(state.slot(0), &turned);
+                        assert!(far <= 1e-3, "{name} {prompt} layer {i}: {far}");
+                        compared += 1;
+                    }
+                    // `[Nk, T, D]`, kept for the shortest prompts only.
+                    LayerState::Kv(kv) => {
+                        let (Some(k), Some(v)) = (want("k"), want("v")) else {
+                            continue;
+                        };
+                        let (heads, width) = (k.shape[0], k.shape[2]);
+                        let (k, v) = (k.to_f32(), v.to_f32());
+                        for (at, (k, v)) in k.chunks(width).zip(v.chunks(width)).enumerate() {
+                            let (head, token) = (at / tokens, at % tokens);
+                            let (our_k, our_v) = kv.token(token / BLOCK_SIZE, token % BLOCK_SIZE, head);
+                            let far = max_difference(&our_k, k).max(max_difference(&our_v, v));
+                            assert!(
+                                far <= 1e-3,
+                                "{name} {prompt} layer {i} head {head} token {token}: {far}"
+                            );
+                        }
+                        assert_eq!(k.len(), heads * tokens * width);
+                        compared += 1;
+                    }
+                }
+            }
+            assert!(compared >= 4, "{name} {prompt}: {compared} layers compared");
+        }
+        assert!(
+            tensors.contains_key("fp32.cache.p7.layers.2.k"),
+            "attention's cache is among the goldens"
+        );
     }
 }
 
