@@ -16,7 +16,7 @@ use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
 use crate::chat::ChatEngine;
 use crate::config::args::Gpu;
-use crate::config::{Config, DeviceKind, VLLM_VERSION};
+use crate::config::{Config, DeviceKind, ServerInfo, VLLM_VERSION};
 use crate::engine::{EngineConfig, EngineHandle, Exit};
 use crate::metrics::Metrics;
 use crate::runner::memory::CPU_KV_BYTES;
@@ -247,7 +247,8 @@ fn build_app(config: &Config, executor: Box<dyn Executor>) -> anyhow::Result<App
         ServedModel::new(&config.model),
         chat,
         metrics,
-    ))
+    )
+    .with_info(ServerInfo::new(config)))
 }
 
 /// Opens the port and serves until it is time to go.

@@ -88,32 +88,17 @@ fn cell(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/compatibility.md");
-
-    /// The part of the file that is made here.
-    fn written() -> Option<String> {
-        let text = std::fs::read_to_string(PATH).ok()?;
-        let from = text.find(BEGIN)?;
-        let to = from + text[from..].find(END)? + END.len();
-        Some(text[from..to].to_owned())
-    }
+    use crate::config::document;
 
     #[test]
     fn the_document_is_up_to_date() {
-        let message = "docs/compatibility.md is stale: cargo test --lib write_the_document -- --ignored";
-        assert!(written().as_deref() == Some(&flags_markdown()), "{message}");
+        document::assert_current(BEGIN, END, &flags_markdown());
     }
 
     #[test]
     #[ignore = "writes docs/compatibility.md"]
     fn write_the_document() {
-        let text = std::fs::read_to_string(PATH).unwrap_or_else(|_| "# Compatibility with vLLM\n\n".into());
-        let new = match written() {
-            Some(old) => text.replace(&old, &flags_markdown()),
-            None => text + &flags_markdown(),
-        };
-        std::fs::write(PATH, new).unwrap();
+        document::write(BEGIN, END, &flags_markdown());
     }
 
     #[test]

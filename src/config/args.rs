@@ -84,6 +84,9 @@ pub struct FrontendArgs {
     pub api_key: Option<Vec<String>>,
     pub root_path: Option<String>,
     pub enable_request_id_headers: bool,
+    pub enable_server_load_tracking: bool,
+    pub enable_tokenizer_info_endpoint: bool,
+    pub disable_fastapi_docs: bool,
 }
 
 /// How `system_fingerprint` is made.

@@ -10,8 +10,9 @@ use super::resolve::ConfigError;
 static KNOWN: LazyLock<HashSet<&str>> = LazyLock::new(|| include_str!("vllm_variables.txt").lines().collect());
 
 /// Those that change something here.
-const HONOURED: [&str; 10] = [
+const HONOURED: [&str; 12] = [
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
     "VLLM_API_KEY",
     "VLLM_CONFIGURE_LOGGING",
     "VLLM_CPU_KVCACHE_SPACE",
@@ -21,6 +22,7 @@ const HONOURED: [&str; 10] = [
     "VLLM_LOGGING_LEVEL",
     "VLLM_LOGGING_STREAM",
     "VLLM_LOG_STATS_INTERVAL",
+    "VLLM_SERVER_DEV_MODE",
 ];
 
 /// A copy of the environment, so that its meaning can be tested.
@@ -44,6 +46,13 @@ impl Environment {
             .get(name)
             .map(String::as_str)
             .filter(|value| !value.is_empty())
+    }
+
+    /// Every variable and its value, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.variables
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
     }
 
     /// True for 1, true, yes and on.

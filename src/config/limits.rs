@@ -8,6 +8,11 @@ use super::resolve::{ConfigError, positive};
 use super::{DeviceKind, SchedulerConfig, SchedulingPolicy};
 use crate::backend::DType;
 
+/// Where `--max-num-queued-reqs` is not given: waiting requests for each that may run, and the least of them. The least
+/// lets one request with the most prompts that are allowed through. vLLM's queue has no bound.
+const QUEUED_PER_RUNNING: usize = 16;
+const MIN_QUEUE: usize = 4096;
+
 /// `--dtype`; `auto` is the checkpoint's, with float32 (or nothing said) loaded as bfloat16 on every device, as vLLM does.
 /// On the CPU that also halves the bytes a decode step reads; `--dtype float32` keeps the checkpoint's precision.
 ///
@@ -112,7 +117,10 @@ pub fn scheduler(
     Ok(SchedulerConfig {
         max_num_batched_tokens,
         max_num_seqs,
-        max_queued_requests: given("--max-num-queued-reqs", args.max_num_queued_reqs)?,
+        max_queued_requests: Some(match args.max_num_queued_reqs {
+            Some(limit) => positive("--max-num-queued-reqs", limit)?,
+            None => max_num_seqs.saturating_mul(QUEUED_PER_RUNNING).max(MIN_QUEUE),
+        }),
         max_queued_tokens: given("--max-num-queued-tokens", args.max_num_queued_tokens)?,
         policy: if args.scheduling_policy == "priority" {
             SchedulingPolicy::Priority

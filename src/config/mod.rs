@@ -5,15 +5,22 @@
 pub mod args;
 mod checkpoint;
 mod demo;
+#[cfg(test)]
+pub mod document;
 pub mod environment;
 mod files;
+mod info;
 mod limits;
 pub mod logging;
 pub mod resolve;
+mod routes;
 
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
+
+pub use info::ServerInfo;
+pub use routes::RoutesConfig;
 
 use crate::backend::DType;
 
@@ -160,7 +167,7 @@ pub struct CacheConfig {
 pub struct SchedulerConfig {
     pub max_num_batched_tokens: usize,
     pub max_num_seqs: usize,
-    /// Waiting requests above this are refused with 503; none = no bound.
+    /// Waiting requests above this are refused with 503; none = no bound, which only tests have.
     pub max_queued_requests: Option<usize>,
     pub max_queued_tokens: Option<usize>,
     pub policy: SchedulingPolicy,
@@ -232,6 +239,7 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// `system_fingerprint`; none = null.
     pub fingerprint: Option<String>,
+    pub routes: RoutesConfig,
 }
 
 #[derive(Clone, Debug)]

@@ -8,7 +8,7 @@ use super::environment::Environment;
 use super::files::Locator;
 use super::{
     CacheConfig, ChatConfig, Config, DeviceConfig, DeviceKind, GenerationDefaults, LoadFormat, ModelConfig, ModelFiles,
-    ParserChoice, ServerConfig, VLLM_VERSION, checkpoint, limits,
+    ParserChoice, RoutesConfig, ServerConfig, VLLM_VERSION, checkpoint, limits,
 };
 use crate::backend::DType;
 use crate::step::LogprobsMode;
@@ -344,6 +344,7 @@ fn server(args: &ServeArgs, env: &Environment, fingerprint: Option<String>) -> R
             .parsed("VLLM_HTTP_MAX_REQUEST_BODY_SIZE")?
             .unwrap_or(DEFAULT_BODY_BYTES),
         fingerprint,
+        routes: RoutesConfig::resolve(flags, env),
     })
 }
 

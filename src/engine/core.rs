@@ -32,7 +32,13 @@ pub(super) enum Command {
         reply: oneshot::Sender<()>,
     },
     ResetPrefixCache {
+        preempt_running: bool,
         reply: oneshot::Sender<bool>,
+    },
+    /// None = all.
+    AbortRequests {
+        ids: Option<Vec<String>>,
+        reply: oneshot::Sender<usize>,
     },
     Drain {
         deadline: Instant,
@@ -134,14 +140,17 @@ impl Core {
             if !self.take_commands(idle) {
                 return Ok(());
             }
-            self.shared.set_busy(true);
+            if !self.clients.is_empty() && self.paused.is_none() {
+                self.shared.set_busy();
+            }
             if self.drain_deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                self.abort_all();
+                self.abort(|_| true);
             }
             self.fill_pipeline()?;
             match self.in_flight.pop_front() {
                 Some(step) => {
                     self.finish_step(step)?;
+                    self.shared.note_progress();
                     idle = false;
                 }
                 None => idle = true,
@@ -157,7 +166,10 @@ impl Core {
     /// Carries out what has been asked; when idle, sleeps until something is. False when nobody can ask any more.
     fn take_commands(&mut self, idle: bool) -> bool {
         if idle {
-            self.shared.set_busy(false);
+            // Sequences that cannot be planned are a stall, unless a pause holds them.
+            if self.clients.is_empty() || self.paused.is_some() {
+                self.shared.set_idle();
+            }
             let wake_up = [self.drain_deadline, self.stats_log.due(&self.shared)]
                 .into_iter()
                 .flatten()
@@ -193,7 +205,7 @@ impl Core {
                 self.paused = Some(mode);
                 self.scheduler.hold_admissions(true);
                 if mode == PauseMode::Abort {
-                    self.abort_all();
+                    self.abort(|_| true);
                 }
                 self.pause_replies.push(reply);
             }
@@ -203,8 +215,18 @@ impl Core {
                 self.pause_replies.clear();
                 let _ = reply.send(());
             }
-            Command::ResetPrefixCache { reply } => {
+            Command::ResetPrefixCache { preempt_running, reply } => {
+                if preempt_running {
+                    self.scheduler.preempt_all();
+                }
                 let _ = reply.send(self.scheduler.reset_prefix_cache());
+            }
+            Command::AbortRequests { ids, reply } => {
+                let aborted = match ids {
+                    None => self.abort(|_| true),
+                    Some(ids) => self.abort(|request_id| ids.iter().any(|id| is_of_request(request_id, id))),
+                };
+                let _ = reply.send(aborted);
             }
             Command::Drain { deadline } => {
                 self.drain_deadline = Some(self.drain_deadline.map_or(deadline, |earlier| earlier.min(deadline)));
@@ -236,12 +258,19 @@ impl Core {
         self.scheduler.add(sequence);
     }
 
-    /// Ends every sequence on the server's account.
-    fn abort_all(&mut self) {
-        for id in self.scheduler.live() {
-            self.scheduler.abort(id);
-        }
-        for (_, mut client) in self.clients.drain() {
+    /// Ends the sequences of the requests that `chosen` names, on the server's account; returns how many.
+    fn abort(&mut self, chosen: impl Fn(&str) -> bool) -> usize {
+        let ids: Vec<SequenceId> = self
+            .clients
+            .iter()
+            .filter(|(_, client)| chosen(&client.request_id))
+            .map(|(id, _)| *id)
+            .collect();
+        for id in &ids {
+            self.scheduler.abort(*id);
+            let Some(mut client) = self.clients.remove(id) else {
+                continue;
+            };
             client.sink.send(SequenceEvent {
                 num_cached_tokens: client.num_cached_tokens,
                 finish: Some(FinishReason::Abort),
@@ -250,6 +279,7 @@ impl Core {
             client.leave_queue(&self.shared);
             client.record(&self.shared.metrics.engine, "abort", Instant::now());
         }
+        ids.len()
     }
 
     /// Submits steps until the executor has as many as it takes.
@@ -446,6 +476,17 @@ impl Client {
             decode_s: seconds(self.first_token, self.last_token),
             inference_s: seconds(self.admitted, self.last_token),
         });
+    }
+}
+
+/// Whether a sequence belongs to the request `id`: it has its name, or is one of its choices, `<id>-<index>`.
+fn is_of_request(request_id: &str, id: &str) -> bool {
+    match request_id.strip_prefix(id) {
+        Some("") => true,
+        Some(rest) => rest
+            .strip_prefix('-')
+            .is_some_and(|index| !index.is_empty() && index.bytes().all(|byte| byte.is_ascii_digit())),
+        None => false,
     }
 }
 

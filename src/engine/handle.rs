@@ -19,7 +19,7 @@ use crate::step::{Capacity, Executor};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
     Healthy,
-    /// Alive, but the current step has taken this long.
+    /// Alive, but there has been work and no progress for this long.
     Stalled(Duration),
     /// It serves nothing any more.
     Stopped(Exit),
@@ -53,10 +53,11 @@ pub(super) struct Shared {
     draining: AtomicBool,
     /// Paused in a mode that refuses new requests.
     refusing: AtomicBool,
+    paused: AtomicBool,
     queue: Mutex<Queue>,
     stats: Mutex<EngineStats>,
     started: Instant,
-    /// Milliseconds after `started` at which the engine began what it is doing; 0 = it waits for commands.
+    /// Milliseconds after `started` at which the engine last made progress on the work it has; 0 = it has none.
     busy_since_ms: AtomicU64,
 }
 
@@ -106,6 +107,7 @@ impl EngineHandle {
             next_id: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             refusing: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
             queue: Mutex::default(),
             stats: Mutex::default(),
             started: Instant::now(),
@@ -125,9 +127,9 @@ impl EngineHandle {
     /// Queues a request.
     ///
     /// # Errors
-    /// [`Invalid`](EngineError::Invalid): it can never run. [`Overloaded`](EngineError::Overloaded): the queue is full or
-    /// generation is paused. [`Stopped`](EngineError::Stopped): the engine is over. While the engine drains, the stream
-    /// ends at once with [`FinishReason::Abort`](super::FinishReason::Abort), as vLLM's requests do.
+    /// [`Invalid`](EngineError::Invalid): it can never run. [`Overloaded`](EngineError::Overloaded): the queue is full.
+    /// [`Paused`](EngineError::Paused). [`Stopped`](EngineError::Stopped): the engine is over. While the engine drains, the
+    /// stream ends at once with [`FinishReason::Abort`](super::FinishReason::Abort), as vLLM's requests do.
     pub fn submit(&self, request: EngineRequest) -> Result<SequenceStream, EngineError> {
         if self.exit.borrow().is_some() {
             return Err(EngineError::Stopped);
@@ -137,7 +139,7 @@ impl EngineHandle {
             return Ok(SequenceStream::aborted());
         }
         if self.shared.refusing.load(Ordering::Acquire) {
-            return Err(EngineError::Overloaded("generation is paused".into()));
+            return Err(EngineError::Paused);
         }
         self.shared.enqueue(request.prompt.len())?;
         let (stream, sink) = SequenceStream::new(sequence.id, self.commands.clone());
@@ -197,25 +199,55 @@ impl EngineHandle {
     /// [`EngineError::Stopped`].
     pub async fn pause(&self, mode: PauseMode) -> Result<(), EngineError> {
         self.shared.refusing.store(mode != PauseMode::Keep, Ordering::Release);
+        self.hold(mode).await
+    }
+
+    /// As [`pause`](Self::pause), but new requests wait in every mode.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`].
+    pub async fn sleep(&self, mode: PauseMode) -> Result<(), EngineError> {
+        self.shared.refusing.store(false, Ordering::Release);
+        self.hold(mode).await
+    }
+
+    async fn hold(&self, mode: PauseMode) -> Result<(), EngineError> {
+        self.shared.paused.store(true, Ordering::Release);
         self.ask(|reply| Command::Pause { mode, reply }).await
     }
 
-    /// Undoes [`pause`](Self::pause).
+    /// Undoes [`pause`](Self::pause) and [`sleep`](Self::sleep).
     ///
     /// # Errors
     /// [`EngineError::Stopped`].
     pub async fn resume(&self) -> Result<(), EngineError> {
         self.ask(|reply| Command::Resume { reply }).await?;
         self.shared.refusing.store(false, Ordering::Release);
+        self.shared.paused.store(false, Ordering::Release);
         Ok(())
     }
 
-    /// Forgets all cached prefixes. False, and nothing happens, while sequences hold blocks.
+    pub fn is_paused(&self) -> bool {
+        self.shared.paused.load(Ordering::Acquire)
+    }
+
+    /// Forgets all cached prefixes. False, and nothing happens, while sequences hold blocks; with `preempt_running` they
+    /// give theirs back first and compute them again.
     ///
     /// # Errors
     /// [`EngineError::Stopped`].
-    pub async fn reset_prefix_cache(&self) -> Result<bool, EngineError> {
-        self.ask(|reply| Command::ResetPrefixCache { reply }).await
+    pub async fn reset_prefix_cache(&self, preempt_running: bool) -> Result<bool, EngineError> {
+        self.ask(|reply| Command::ResetPrefixCache { preempt_running, reply })
+            .await
+    }
+
+    /// Ends the sequences of these requests, or of all, with [`FinishReason::Abort`](super::FinishReason::Abort); returns
+    /// how many. The sequences of a request with several choices are named `<id>-<index>`.
+    ///
+    /// # Errors
+    /// [`EngineError::Stopped`].
+    pub async fn abort_requests(&self, ids: Option<Vec<String>>) -> Result<usize, EngineError> {
+        self.ask(|reply| Command::AbortRequests { ids, reply }).await
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, EngineError> {
@@ -330,14 +362,27 @@ impl Shared {
         lock(&self.stats).clone_from(stats);
     }
 
-    /// The engine begins a step, or waits for commands.
-    pub fn set_busy(&self, busy: bool) {
-        let now_ms = if busy {
-            self.started.elapsed().as_millis() as u64 + 1
-        } else {
-            0
-        };
-        self.busy_since_ms.store(now_ms, Ordering::Relaxed);
+    /// The engine waits for commands and owes nobody anything.
+    pub fn set_idle(&self) {
+        self.busy_since_ms.store(0, Ordering::Relaxed);
+    }
+
+    /// There is work; the clock of a stall starts unless it runs.
+    pub fn set_busy(&self) {
+        let since_ms = self.now_ms();
+        let _ = self
+            .busy_since_ms
+            .compare_exchange(0, since_ms, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// A step is done: the clock of a stall starts again.
+    pub fn note_progress(&self) {
+        self.busy_since_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    /// Never 0.
+    fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64 + 1
     }
 
     fn busy_for(&self) -> Option<Duration> {

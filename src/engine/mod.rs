@@ -30,7 +30,7 @@ pub struct EngineConfig {
     pub max_model_len: usize,
     /// How often the statistics are logged while there is activity; none = never.
     pub log_stats_interval: Option<Duration>,
-    /// A step that takes longer makes [`Health::Stalled`].
+    /// Work without progress for longer makes [`Health::Stalled`].
     pub stall_timeout: Duration,
 }
 
@@ -132,6 +132,9 @@ pub enum EngineError {
     /// The queue is full (`--max-num-queued-reqs`, `--max-num-queued-tokens`).
     #[error("the server is overloaded: {0}")]
     Overloaded(String),
+    /// [`EngineHandle::pause`] refuses new requests.
+    #[error("generation is paused")]
+    Paused,
     /// The request can never run (needs more KV blocks than there are).
     #[error("{message}")]
     Invalid { param: &'static str, message: String },

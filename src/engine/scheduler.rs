@@ -146,16 +146,11 @@ impl Scheduler {
         self.end(id);
     }
 
-    /// Every sequence that has not ended.
-    pub fn live(&self) -> Vec<SequenceId> {
-        let mut ids: Vec<_> = self
-            .sequences
-            .values()
-            .filter(|s| s.phase != Phase::Ended)
-            .map(|s| s.id)
-            .collect();
-        ids.sort_unstable();
-        ids
+    /// Sends every running sequence back to the queue.
+    pub fn preempt_all(&mut self) {
+        for id in self.running.clone() {
+            self.preempt(id);
+        }
     }
 
     /// Makes all cached prefixes unfindable. Refused while a sequence holds blocks, as in vLLM.

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request};
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
+use serde_json::{Map, Value};
 use serde_path_to_error::Segment;
 
 use super::App;
@@ -23,17 +24,56 @@ impl<T: DeserializeOwned> FromRequest<std::sync::Arc<App>> for JsonBody<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &std::sync::Arc<App>) -> Result<Self, ApiError> {
-        let (parts, body) = request.into_parts();
-        if !is_json(&parts.headers) {
+        if !is_json(request.headers()) {
             return Err(ApiError::unsupported_media_type());
         }
-        let limit_bytes = app.config.max_body_bytes;
-        if content_length(&parts.headers).is_some_and(|length| length > limit_bytes as u64) {
-            return Err(ApiError::body_too_large(limit_bytes));
-        }
-        let bytes = collect(body, limit_bytes).await?;
-        parse(&bytes).map(JsonBody)
+        parse(&read(request, app).await?).map(JsonBody)
     }
+}
+
+/// Extracts a JSON object that vLLM's handler reads by itself: any content type, and its own words for what is wrong.
+pub struct JsonObject(pub Map<String, Value>);
+
+impl FromRequest<std::sync::Arc<App>> for JsonObject {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &std::sync::Arc<App>) -> Result<Self, ApiError> {
+        let bytes = read(request, app).await?;
+        match serde_json::from_slice(&bytes) {
+            Ok(Value::Object(object)) => Ok(Self(object)),
+            Ok(_) => Err(ApiError::plain(StatusCode::BAD_REQUEST, "Expected a JSON object")),
+            Err(error) => Err(ApiError::plain(
+                StatusCode::BAD_REQUEST,
+                format!("JSON decode error: {error}"),
+            )),
+        }
+    }
+}
+
+/// A field that may be absent or null, else a list of strings.
+///
+/// # Errors
+/// 400: it is something else.
+pub fn string_list(body: &Map<String, Value>, field: &str) -> Result<Option<Vec<String>>, ApiError> {
+    let wrong = || ApiError::invalid(field, format!("{field} must be a list of strings"));
+    match body.get(field) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Array(items)) => items
+            .iter()
+            .map(|item| item.as_str().map(str::to_owned).ok_or_else(wrong))
+            .collect::<Result<_, _>>()
+            .map(Some),
+        Some(_) => Err(wrong()),
+    }
+}
+
+/// The body's bytes, within the limit.
+async fn read(request: Request, app: &App) -> Result<Bytes, ApiError> {
+    let limit_bytes = app.config.max_body_bytes;
+    if content_length(request.headers()).is_some_and(|length| length > limit_bytes as u64) {
+        return Err(ApiError::body_too_large(limit_bytes));
+    }
+    collect(request.into_body(), limit_bytes).await
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -92,7 +132,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 ///
 /// # Errors
 /// As [`parse`].
-pub fn parse_value<T: DeserializeOwned>(value: serde_json::Value, location: &[String]) -> Result<T, ApiError> {
+pub fn parse_value<T: DeserializeOwned>(value: Value, location: &[String]) -> Result<T, ApiError> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let mut path = location.to_vec();
         path.extend(error.path().iter().filter_map(segment));

@@ -85,8 +85,17 @@ impl ApiError {
 
     /// The body could not be read as the request's type. `location` lies below `body`.
     pub fn validation(code: &str, location: &[String], message: &str) -> Self {
-        let mut path = String::from("body");
-        let mut quoted = String::from("'body'");
+        Self::validation_in("body", code, location, message)
+    }
+
+    /// A parameter of the query string could not be read.
+    pub fn invalid_query(name: &str, code: &str, message: &str) -> Self {
+        Self::validation_in("query", code, &[name.to_owned()], message)
+    }
+
+    fn validation_in(part: &str, code: &str, location: &[String], message: &str) -> Self {
+        let mut path = String::from(part);
+        let mut quoted = format!("'{part}'");
         for part in location {
             path.push('.');
             path.push_str(part);
@@ -156,6 +165,31 @@ impl ApiError {
         )
     }
 
+    /// vLLM's class for a LoRA request that makes no sense.
+    pub fn invalid_user_input(message: impl AsRef<str>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "InvalidUserInput", message, None)
+    }
+
+    pub fn adapter_not_found(name: &str) -> Self {
+        let message = format!("The lora adapter '{}' cannot be found.", shortened(name));
+        Self::new(StatusCode::NOT_FOUND, "NotFoundError", message, None)
+    }
+
+    /// What vLLM's handlers raise as an HTTP error: the class is the status' own phrase.
+    pub fn plain(status: StatusCode, message: impl AsRef<str>) -> Self {
+        Self::new(status, status.canonical_reason().unwrap_or("Error"), message, None)
+    }
+
+    /// The route exists and needs a flag.
+    pub fn permission_denied(message: impl AsRef<str>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "PermissionDeniedError", message, None)
+    }
+
+    /// The route exists and this model or this server cannot answer it.
+    pub fn not_implemented(message: impl AsRef<str>) -> Self {
+        Self::new(StatusCode::NOT_IMPLEMENTED, "NotImplementedError", message, None)
+    }
+
     pub fn internal(message: impl AsRef<str>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message, None)
     }
@@ -176,7 +210,8 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        if self.status.is_server_error() {
+        // A bug or the device; 501 and 503 are answers.
+        if self.status == StatusCode::INTERNAL_SERVER_ERROR {
             tracing::error!(status = self.status.as_u16(), "{}", self.message);
         }
         let mut response = json(self.status, self.to_json());
@@ -195,6 +230,12 @@ impl From<EngineError> for ApiError {
             EngineError::Overloaded(_) => Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "Service Unavailable",
+                error.to_string(),
+                None,
+            ),
+            EngineError::Paused => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "ServiceUnavailableError",
                 error.to_string(),
                 None,
             ),
@@ -343,6 +384,7 @@ mod tests {
                 "InternalServerError",
             ),
             (ApiError::from(EngineError::Stopped), 500, "InternalServerError"),
+            (ApiError::from(EngineError::Paused), 503, "ServiceUnavailableError"),
             (
                 ApiError::from(TextError::Invalid {
                     param: Some("prompt"),

@@ -8,13 +8,23 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// A value inside a request body.
 pub trait Field: Sized {
     /// # Errors
     /// A message that starts with "Input should be", as pydantic's.
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error>;
+
+    /// Its JSON schema; `{}` is any value.
+    fn schema() -> Value {
+        json!({})
+    }
+}
+
+/// The JSON schema of a value, as a function without a generic's name.
+pub fn schema_of<T: Field>() -> Value {
+    T::schema()
 }
 
 /// Lets serde drive a [`Field`]; null reads as none.
@@ -62,6 +72,10 @@ const OBJECT: &str = "Input should be a valid dictionary";
 const INT64_END: f64 = 9_223_372_036_854_775_808.0;
 
 impl Field for i64 {
+    fn schema() -> Value {
+        json!({ "type": "integer" })
+    }
+
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct IntVisitor;
         impl Visitor<'_> for IntVisitor {
@@ -102,6 +116,10 @@ impl Field for i64 {
 }
 
 impl Field for f64 {
+    fn schema() -> Value {
+        json!({ "type": "number" })
+    }
+
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct FloatVisitor;
         impl Visitor<'_> for FloatVisitor {
@@ -134,6 +152,10 @@ impl Field for f64 {
 }
 
 impl Field for bool {
+    fn schema() -> Value {
+        json!({ "type": "boolean" })
+    }
+
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct BoolVisitor;
         const UNCLEAR: &str = "Input should be a valid boolean, unable to interpret input";
@@ -177,6 +199,10 @@ impl Field for bool {
 }
 
 impl Field for String {
+    fn schema() -> Value {
+        json!({ "type": "string" })
+    }
+
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct StringVisitor;
         impl Visitor<'_> for StringVisitor {
@@ -196,6 +222,10 @@ impl Field for String {
 }
 
 impl<T: Field> Field for Vec<T> {
+    fn schema() -> Value {
+        json!({ "type": "array", "items": T::schema() })
+    }
+
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct ListVisitor<T>(PhantomData<T>);
         impl<'de, T: Field> Visitor<'de> for ListVisitor<T> {
@@ -216,6 +246,10 @@ impl<T: Field> Field for Vec<T> {
 }
 
 impl Field for Map<String, Value> {
+    fn schema() -> Value {
+        json!({ "type": "object" })
+    }
+
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct ObjectVisitor;
         impl<'de> Visitor<'de> for ObjectVisitor {
@@ -246,6 +280,10 @@ impl Field for Value {
 pub struct TokenMap(pub Vec<(String, f64)>);
 
 impl Field for TokenMap {
+    fn schema() -> Value {
+        json!({ "type": "object", "additionalProperties": { "type": "number" } })
+    }
+
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct TokenMapVisitor;
         impl<'de> Visitor<'de> for TokenMapVisitor {
@@ -270,6 +308,10 @@ impl Field for TokenMap {
 pub struct StringOrList(pub Vec<String>);
 
 impl Field for StringOrList {
+    fn schema() -> Value {
+        json!({ "anyOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }] })
+    }
+
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct StopVisitor;
         impl<'de> Visitor<'de> for StopVisitor {
@@ -302,6 +344,10 @@ pub trait Words {
 }
 
 impl<W: Words> Field for Choice<W> {
+    fn schema() -> Value {
+        json!({ "type": "string", "enum": W::WORDS })
+    }
+
     fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct ChoiceVisitor<W>(PhantomData<W>);
         impl<W: Words> Visitor<'_> for ChoiceVisitor<W> {
@@ -322,7 +368,7 @@ impl<W: Words> Field for Choice<W> {
 }
 
 /// pydantic's wording for a bad literal: `Input should be 'a', 'b' or 'c'`.
-fn one_of(words: &[&str]) -> String {
+pub fn one_of(words: &[&str]) -> String {
     let mut text = String::from("Input should be ");
     for (i, word) in words.iter().enumerate() {
         match i {
@@ -341,6 +387,9 @@ fn one_of(words: &[&str]) -> String {
 pub trait Fields: Default {
     /// Reads the value of `key`, unless the type has no such field; then the value is left unread.
     fn read_field<'de, A: MapAccess<'de>>(&mut self, key: &str, entries: &mut A) -> Result<bool, A::Error>;
+
+    /// The fields' names and JSON schemas, in order.
+    fn properties() -> Map<String, Value>;
 }
 
 /// Reads an object; fields that `T` does not have are skipped.
@@ -400,9 +449,24 @@ macro_rules! request_body {
                     }
                 }
             }
+
+            fn properties() -> serde_json::Map<String, serde_json::Value> {
+                let mut properties = serde_json::Map::new();
+                $( properties.insert(
+                    stringify!($field).trim_start_matches("r#").to_owned(),
+                    <$type as $crate::server::field::Field>::schema(),
+                ); )*
+                $( properties.extend(<$group_type as $crate::server::field::Fields>::properties()); )*
+                properties
+            }
         }
 
         impl $crate::server::field::Field for $name {
+            fn schema() -> serde_json::Value {
+                let properties = <Self as $crate::server::field::Fields>::properties();
+                serde_json::json!({ "type": "object", "properties": properties })
+            }
+
             fn read<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
                 $crate::server::field::read_fields(deserializer)
             }
@@ -475,6 +539,17 @@ mod tests {
             let message = sample(text).unwrap_err();
             assert!(message.contains(expected), "{text}: {message}");
         }
+    }
+
+    #[test]
+    fn a_schema_lists_the_fields() {
+        let schema = Sample::schema();
+        assert_eq!(
+            schema["properties"]["ids"],
+            json!({"type": "array", "items": {"type": "integer"}})
+        );
+        let names: Vec<_> = schema["properties"].as_object().unwrap().keys().collect();
+        assert_eq!(names, ["count", "share", "flag", "stop", "bias", "ids", "extra"]);
     }
 
     #[test]

@@ -15,30 +15,13 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::error::{self, ApiError};
-use super::{App, UNMEASURED};
+use super::{App, UNMEASURED, routes};
 
 pub const REQUEST_ID: &str = "x-request-id";
 
 /// Who sent the request; put into its extensions by `listen.rs`.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer(pub SocketAddr);
-
-/// vLLM's guarded prefixes, then the routes that it leaves open although they generate or change state.
-const GUARDED_PREFIXES: [&str; 4] = ["/v1", "/v2", "/inference", "/cohere"];
-const GUARDED_ROUTES: [&str; 12] = [
-    "/invocations",
-    "/generative_scoring",
-    "/abort_requests",
-    "/adapters",
-    "/sleep",
-    "/wake_up",
-    "/pause",
-    "/resume",
-    "/reset_prefix_cache",
-    "/collective_rpc",
-    "/start_profile",
-    "/stop_profile",
-];
 
 /// The outermost layer: wraps the router, so that it also sees unknown paths.
 pub async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
@@ -58,8 +41,8 @@ pub async fn around(State(app): State<Arc<App>>, mut request: Request, next: Nex
     } else if app.keys.refuse(&request) {
         error::unauthorized()
     } else {
-        // HEAD is a method of its own here: no route answers it.
-        if request.method() == Method::HEAD {
+        // HEAD is a method of its own here: few routes answer it.
+        if request.method() == Method::HEAD && !routes::answers_head(request.uri().path()) {
             *request.method_mut() = Method::TRACE;
         }
         match AssertUnwindSafe(next.run(request)).catch_unwind().await {
@@ -95,7 +78,13 @@ pub async fn measure(State(app): State<Arc<App>>, request: Request, next: Next) 
     let method = method_label(request.method());
     let request_bytes = content_length(request.headers());
     let start = Instant::now();
+    let in_flight =
+        (app.config.routes.load_tracking && route.as_deref().is_some_and(routes::is_tracked)).then(|| app.load.enter());
     let response = next.run(request).await;
+    let response = match in_flight {
+        Some(in_flight) => in_flight.until_end_of(response),
+        None => response,
+    };
     let handler = route.as_deref().unwrap_or("none");
     if !UNMEASURED.iter().any(|path| handler.starts_with(path)) {
         let response_bytes = content_length(response.headers());
@@ -188,7 +177,7 @@ impl Keys {
     fn refuse(&self, request: &Request) -> bool {
         !self.0.is_empty()
             && request.method() != Method::OPTIONS
-            && is_guarded(request.uri().path())
+            && routes::needs_key(request.uri().path())
             && !sent_keys(request.headers()).any(|key| self.contains(key))
     }
 
@@ -199,14 +188,6 @@ impl Keys {
             .fold(subtle::Choice::from(0), |found, key| found | key.ct_eq(&sent))
             .into()
     }
-}
-
-fn is_guarded(path: &str) -> bool {
-    GUARDED_PREFIXES.iter().any(|prefix| path.starts_with(prefix))
-        || GUARDED_ROUTES.iter().any(|route| {
-            path.strip_prefix(route)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        })
 }
 
 /// `Authorization: Bearer <key>`, and Anthropic's `x-api-key`, which vLLM does not accept.

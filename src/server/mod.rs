@@ -1,7 +1,7 @@
 //! HTTP in, JSON or server-sent events out.
 //!
 //! An endpoint is a folder `openai/<endpoint>/{mod,types,validate,convert}.rs` (or a file in `vllm/`) and one line in
-//! `ROUTES`. Its handler reads a request type, validates it, converts it into what the layer below takes, and turns
+//! [`routes::ROUTES`]. Its handler reads a request type, validates it, converts it into what the layer below takes, and turns
 //! what comes back into the response type; the full answer is the collected stream.
 
 pub mod body;
@@ -10,8 +10,11 @@ pub mod error;
 pub mod field;
 pub mod ids;
 pub mod listen;
+pub mod load;
 pub mod middleware;
 pub mod openai;
+pub mod query;
+pub mod routes;
 pub mod sse;
 pub mod vllm;
 
@@ -24,10 +27,9 @@ use axum::Router;
 use axum::extract::OriginalUri;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, post};
 
 use crate::chat::ChatEngine;
-use crate::config::{ChatConfig, GenerationDefaults, ModelConfig, ServerConfig};
+use crate::config::{ChatConfig, GenerationDefaults, ModelConfig, ServerConfig, ServerInfo};
 use crate::engine::EngineHandle;
 use crate::metrics::Metrics;
 use crate::step::LogprobsMode;
@@ -40,6 +42,9 @@ pub struct App {
     pub model: ServedModel,
     pub chat: ChatEngine,
     pub metrics: Arc<Metrics>,
+    pub info: ServerInfo,
+    pub load: load::Load,
+    pub control: vllm::control::Control,
     cors: cors::Cors,
     keys: middleware::Keys,
 }
@@ -90,7 +95,16 @@ impl App {
             model,
             chat,
             metrics,
+            info: ServerInfo::default(),
+            load: load::Load::default(),
+            control: vllm::control::Control::default(),
         }
+    }
+
+    /// With what `/server_info` and `/tokenizer_info` tell.
+    pub fn with_info(mut self, info: ServerInfo) -> Self {
+        self.info = info;
+        self
     }
 
     pub fn text(&self) -> &TextEngine {
@@ -140,35 +154,15 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
         .map_err(|_| error::ApiError::internal("Internal server error"))
 }
 
-/// Every route. A path with a trailing slash is redirected to the one without.
-fn routes() -> Vec<(&'static str, MethodRouter<Arc<App>>)> {
-    vec![
-        ("/v1/chat/completions", post(openai::chat_completions::create)),
-        ("/v1/completions", post(openai::completions::create)),
-        ("/v1/models", get(openai::models::list)),
-        ("/tokenize", post(openai::tokenize::tokenize)),
-        ("/detokenize", post(openai::tokenize::detokenize)),
-        ("/health", get(vllm::health)),
-        ("/ping", get(vllm::health).post(vllm::health)),
-        ("/version", get(vllm::version)),
-        ("/load", get(vllm::load)),
-        ("/kv_event_sources", get(vllm::kv_event_sources)),
-        ("/metrics", get(vllm::metrics)),
-        ("/metrics/", get(vllm::metrics)),
-        ("/metrics/{*rest}", get(vllm::metrics)),
-    ]
-}
-
 /// Routes whose requests are not measured: probes and scrapers.
 const UNMEASURED: [&str; 6] = ["/metrics", "/health", "/load", "/ping", "/version", "/server_info"];
 
-/// The whole HTTP surface.
+/// The whole HTTP surface. A path with a trailing slash is redirected to the one without.
 pub fn router(app: Arc<App>) -> Router {
-    let routes = routes();
-    let paths: Arc<[&'static str]> = routes.iter().map(|(path, _)| *path).collect();
-    let inner = routes
-        .into_iter()
-        .fold(Router::new(), |router, (path, handler)| router.route(path, handler))
+    let routes = || routes::ROUTES.iter().filter(|route| route.when.holds(&app));
+    let paths: Arc<[&'static str]> = routes().map(|route| route.path).collect();
+    let inner = routes()
+        .fold(Router::new(), |router, route| router.route(route.path, route.handler()))
         .method_not_allowed_fallback(|| async { error::method_not_allowed() })
         .fallback(move |OriginalUri(uri): OriginalUri| async move { unknown_path(&paths, uri.path(), uri.query()) })
         .with_state(app.clone())

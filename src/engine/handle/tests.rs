@@ -321,11 +321,8 @@ async fn pausing_keeps_finishes_or_aborts() {
     engine.pause(PauseMode::Wait).await.unwrap();
     assert_eq!(engine.stats().num_running, 0);
     assert_eq!(collect(stream).await.unwrap().1, FinishReason::Length);
-    assert!(matches!(
-        engine.submit(request(&[1], 1)),
-        Err(EngineError::Overloaded(_))
-    ));
-    assert!(engine.reset_prefix_cache().await.unwrap());
+    assert!(matches!(engine.submit(request(&[1], 1)), Err(EngineError::Paused)));
+    assert!(engine.is_paused() && engine.reset_prefix_cache(false).await.unwrap());
     engine.resume().await.unwrap();
 
     let stream = engine.submit(request(&[1, 2], 2000)).unwrap();
@@ -333,6 +330,60 @@ async fn pausing_keeps_finishes_or_aborts() {
     assert_eq!(collect(stream).await.unwrap().1, FinishReason::Abort);
     engine.resume().await.unwrap();
     collect(engine.submit(request(&[1], 1)).unwrap()).await.unwrap();
+}
+
+#[tokio::test]
+async fn asleep_new_requests_wait() {
+    let (engine, control) = hashing(|_, _| {});
+    control.set_step_delay(Duration::from_millis(1));
+    let running = engine.submit(request(&[1, 2], 2000)).unwrap();
+    engine.sleep(PauseMode::Abort).await.unwrap();
+    assert_eq!(collect(running).await.unwrap().1, FinishReason::Abort);
+    let steps = control.counters().steps;
+    let waiting = engine.submit(request(&[1], 3)).unwrap();
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    assert_eq!((control.counters().steps, engine.health()), (steps, Health::Healthy));
+    engine.resume().await.unwrap();
+    assert_eq!(collect(waiting).await.unwrap().0.len(), 3);
+    assert!(!engine.is_paused());
+}
+
+#[tokio::test]
+async fn resetting_the_cache_can_take_blocks_from_running_sequences() {
+    let (engine, control) = hashing(|_, _| {});
+    let expected = collect(engine.submit(request(&[7; 40], 300)).unwrap()).await.unwrap();
+    control.set_step_delay(Duration::from_millis(1));
+    let mut stream = engine.submit(request(&[7; 40], 300)).unwrap();
+    let first = stream.next_event().await.unwrap().unwrap();
+    assert_eq!(first.num_cached_tokens, 32);
+    assert!(!engine.reset_prefix_cache(false).await.unwrap());
+    assert!(engine.reset_prefix_cache(true).await.unwrap());
+    let mut tokens: Vec<TokenId> = ids(&first).collect();
+    tokens.extend(collect(stream).await.unwrap().0);
+    assert_eq!(tokens, expected.0, "it goes on as if nothing had happened");
+    assert!(engine.stats().num_preemptions > 0);
+}
+
+#[tokio::test]
+async fn requests_are_aborted_by_name() {
+    let (engine, control) = hashing(|_, _| {});
+    control.set_step_delay(Duration::from_millis(1));
+    let named = |id: &str| {
+        let request = EngineRequest {
+            id: id.into(),
+            ..request(&[1, 2], 2000)
+        };
+        engine.submit(request).unwrap()
+    };
+    let (a, a_1, ab, other) = (named("a"), named("a-1"), named("a-b"), named("c"));
+    let gone = vec!["a".to_owned(), "unknown".to_owned()];
+    assert_eq!(engine.abort_requests(Some(gone)).await.unwrap(), 2);
+    assert_eq!(collect(a).await.unwrap().1, FinishReason::Abort);
+    assert_eq!(collect(a_1).await.unwrap().1, FinishReason::Abort);
+    assert_eq!(engine.abort_requests(None).await.unwrap(), 2);
+    assert_eq!(collect(ab).await.unwrap().1, FinishReason::Abort);
+    assert_eq!(collect(other).await.unwrap().1, FinishReason::Abort);
+    assert_eq!(engine.abort_requests(None).await.unwrap(), 0);
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ mod chat;
 mod completions;
 mod http;
 mod load;
+mod routes;
 mod sockets;
 
 use std::path::Path;
@@ -19,7 +20,7 @@ use tower::ServiceExt;
 
 use super::{App, ServedModel, router};
 use crate::chat::ChatEngine;
-use crate::config::{ChatConfig, GenerationDefaults, ModelFiles, ParserChoice, ServerConfig};
+use crate::config::{ChatConfig, GenerationDefaults, ModelFiles, ParserChoice, RoutesConfig, ServerConfig, ServerInfo};
 use crate::engine::EngineHandle;
 use crate::engine::scripted::{self, ScriptControl, ScriptedExecutor};
 use crate::metrics::Metrics;
@@ -42,6 +43,8 @@ struct Setup {
     chat: ChatConfig,
     max_queued_requests: Option<usize>,
     max_num_seqs: usize,
+    stall_timeout: Duration,
+    info: ServerInfo,
 }
 
 impl Default for Setup {
@@ -61,6 +64,8 @@ impl Default for Setup {
             },
             max_queued_requests: None,
             max_num_seqs: 64,
+            stall_timeout: Duration::from_secs(300),
+            info: ServerInfo::default(),
         }
     }
 }
@@ -89,6 +94,10 @@ fn server_config() -> ServerConfig {
         http_keep_alive_s: 5,
         max_body_bytes: 1 << 20,
         fingerprint: Some("vllm-test".into()),
+        routes: RoutesConfig {
+            docs: true,
+            ..RoutesConfig::default()
+        },
     }
 }
 
@@ -133,6 +142,7 @@ impl Setup {
         let mut config = scripted::config();
         config.max_model_len = MAX_MODEL_LEN;
         config.scheduler.max_queued_requests = self.max_queued_requests;
+        config.stall_timeout = self.stall_timeout;
         let metrics = Arc::new(Metrics::new("tiny", MAX_MODEL_LEN));
         let engine = EngineHandle::start(Box::new(executor), config, metrics.clone()).unwrap();
         let limits = TextLimits {
@@ -155,7 +165,8 @@ impl Setup {
             max_logprobs: 20,
             logprobs_mode: LogprobsMode::RawLogprobs,
         };
-        (App::new(self.server, self.chat, model, chat, metrics), control)
+        let app = App::new(self.server, self.chat, model, chat, metrics).with_info(self.info);
+        (app, control)
     }
 }
 

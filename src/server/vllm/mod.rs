@@ -1,5 +1,11 @@
 //! vLLM's own endpoints.
 
+pub mod control;
+pub mod docs;
+pub mod info;
+pub mod lora;
+pub mod rl;
+
 use std::sync::Arc;
 
 use axum::Json;
@@ -9,10 +15,11 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::App;
+use super::error::ApiError;
 use crate::config::VLLM_VERSION;
 use crate::engine::Health;
 
-/// `GET /health`, `GET|POST /ping`: 503 once the engine is dead or a step has hung.
+/// `GET /health`, `GET|POST /ping`: 503 once the engine is dead, or has work and makes no progress.
 pub async fn health(State(app): State<Arc<App>>) -> StatusCode {
     match app.engine().health() {
         Health::Healthy => StatusCode::OK,
@@ -25,9 +32,24 @@ pub async fn version() -> Json<Value> {
     Json(json!({ "version": VLLM_VERSION, "rvllm_version": env!("CARGO_PKG_VERSION") }))
 }
 
-/// `GET /load`: 0, as vLLM answers without `--enable-server-load-tracking`.
-pub async fn load() -> Json<Value> {
-    Json(json!({ "server_load": 0 }))
+/// `GET /load`: inference requests in flight; 0 without `--enable-server-load-tracking`.
+pub async fn load(State(app): State<Arc<App>>) -> Json<Value> {
+    Json(json!({ "server_load": app.load.current() }))
+}
+
+/// A route of vLLM that this server does not answer yet.
+pub async fn not_built() -> ApiError {
+    ApiError::not_implemented("this route of vLLM is not built in this server")
+}
+
+/// `POST /v1/systemone`, `POST /v1/decisions`.
+pub async fn no_decisions() -> ApiError {
+    ApiError::not_implemented("The model does not support structured decisions")
+}
+
+/// The scale-out routes without their flags.
+pub async fn no_scale_out() -> ApiError {
+    ApiError::permission_denied("This route needs --enable-scale-out")
 }
 
 /// `GET /kv_event_sources`: no publishers.
