@@ -1,155 +1,206 @@
-// linear for a few tokens: out[m, n] = Σ_k x[m, k] · w[n, k] (+ bias[n]), M <= 16: the time is that of reading w once.
+// Products of a few tokens with a matrix, y[m, n] = Σ_k x[m, k] · w[n, k], and what stands before and after them in a layer, in one
+// kernel each: the time is that of reading w once (include/stream.cuh).
 //
-// Shapes: x [M, K], w [N, K], out [M, N] in the element type or f32 (logits). N a multiple of 16, K of 256, f32 accumulation.
-// Layout: both operands keep K contiguous, as the checkpoint does. A lane loads 16 bytes = 8 neighbouring k of one weight
-// row and the same 8 k of one token; calling them "k 2t, 2t+1, 2t+8, 2t+9 of two products" permutes k alike in A and B, which
-// a dot product cannot see. So weights go from memory to tensor-core registers with no shared memory between.
-// sm_90 and later: include/stream.cuh; grid: a block per SM, 8 warps; K is cut into chunks of at most 1,024. The first stages'
-// weights are on their way before pdl_wait.
-// Before sm_90: grid of N / 16 blocks of 8 warps; a warp owns all 16 rows of the block and an eighth of K, in turns of 256 k held
-// in registers.
-// Partial sums are added in warp order, so the result does not depend on M or on neighbours.
-// Preconditions: `chunk` divides K, is a multiple of 32 and at most 1,024; before sm_90 K is a multiple of 256.
-// Cost: N · K · 2 bytes; M > 16 goes to gemm.cu.
+// linear_skinny      out = y (+ bias), in the element type or f32 (logits)
+// linear_add         out += y (+ bias): the residual stream, rounded once
+// linear_swiglu      w = [gate; up] [2F, K]: out[m, f] = silu(y[m, f]) ⊙ y[m, F + f]
+// linear_short_conv  w = [B; C; x] [3H, K]: a decode step's short convolution (short_conv.cu) of y (+ bias), rounded as the plain
+//                    operations round; the slot's state moves on
+// *_norm: x is normed first, rms_norm(x) · norm rounded to the element type, by every block for itself (M <= 8).
+//
+// Shapes: x [M, K], w [N, K], M <= 8 · TILES. K a multiple of 256 (with a norm at most 2,048), N (F, H) of 16 (8, 16).
+// Grid: a block per SM walks a contiguous range of tiles: 16 rows, 8 of gate and the 8 of up beside them, or 16 channels of B, C and x
+// in turn. f32 accumulation; a token's result depends on no other.
+// conv: taps [H, L], bias [H] or null, state [slots, L - 1, H], 2 <= L <= 4; slot < 0: a padding row, which keeps no state.
+// Cost: N · K · 2 bytes.
 #include "stream.cuh"
 
-#define SKINNY_WARPS 8
-#define SKINNY_STEPS 8  // of 32 k: a warp's turn
+enum Epilogue { STORE, ADD, SWIGLU, CONV };
 
-#if __CUDA_ARCH__ >= 900
-template <typename T, typename Out, int TILES>  // TILES of 8 tokens
-DEVICE void skinny(const T *__restrict__ x, const T *__restrict__ w, const T *__restrict__ bias, Out *__restrict__ out, int M, int N, int K, int chunk) {
-    extern __shared__ __align__(128) unsigned char raw[];
-    auto *shared = reinterpret_cast<StreamShared<TILES> *>(raw);
-    StreamRing ring;
-    ring.init(shared, chunk);
-    const int chunks = K / chunk, g = threadIdx.x % WARP / 4;
-    int begin, end;
-    stream_range(N / 16, begin, end);
-    const int items = (end - begin) * chunks;
-    const auto fetch = [&](int n) {
-        const T *from = w + (size_t)(begin + n / chunks) * 16 * K + n % chunks * chunk;
-        ring.fetch(n, [&](int r) { return from + (size_t)r * K; });
-    };
-    if (threadIdx.x < WARP)
-        for (int n = 0; n < min(items, STREAM_STAGES); n++) fetch(n);
-    pdl_launch();
-    pdl_wait();
-    StreamTokens<T, TILES> kept[STREAM_KEPT];
-    const auto load = [&](StreamTokens<T, TILES> &tokens, int c) {
-        tokens.load(ring, [&](int i) { return i * 8 + g < M ? x + (size_t)(i * 8 + g) * K + c * chunk : nullptr; });
-    };
-    if (chunks <= STREAM_KEPT)
-#pragma unroll
-        for (int c = 0; c < STREAM_KEPT; c++)
-            if (c < chunks) load(kept[c], c);
-    int n = 0;
-    for (int tile = begin; tile < end; tile++) {
-        float d[TILES][4] = {};
-        const auto next = [&] {
-            __syncthreads();  // the stage is read
-            if (threadIdx.x < WARP && n + STREAM_STAGES < items) fetch(n + STREAM_STAGES);
-            n++;
-        };
-        if (chunks <= STREAM_KEPT) {
-#pragma unroll
-            for (int c = 0; c < STREAM_KEPT; c++) {
-                if (c >= chunks) break;
-                ring.wait(n);
-                kept[c].multiply(ring, n, d);
-                if (c == chunks - 1) stream_partial<TILES>(shared, d);
-                next();
-            }
+template <int TILES> struct SkinnyShared : StreamShared<TILES> {
+    uint4 norm[STREAM_STEPS * STREAM_WARPS * 4];  // 2,048 elements
+    float squares[STREAM_WARPS][8];
+};
+
+template <typename T, Epilogue KIND> struct RowWalk {
+    const T *w;  // at the lane's column
+    int tile, end, N, K;
+    __device__ __forceinline__ bool next(const T *&p0, const T *&p1) {
+        if (tile >= end) return false;
+        const int g = threadIdx.x % WARP / 4;
+        if (KIND == SWIGLU) {
+            p0 = w + (size_t)(tile * 8 + g) * K;
+            p1 = p0 + (size_t)N * K;
         } else {
-            for (int c = 0; c < chunks; c++) {
-                load(kept[0], c);
-                ring.wait(n);
-                kept[0].multiply(ring, n, d);
-                if (c == chunks - 1) stream_partial<TILES>(shared, d);
-                next();
+            // CONV: N = H, tiles run over B, C, x of 16 channels.
+            const int row = KIND == CONV ? tile % 3 * N + tile / 3 * 16 : tile * 16;
+            p0 = w + (size_t)(row + g) * K;
+            p1 = p0 + (size_t)8 * K;
+        }
+        tile++;
+        return true;
+    }
+};
+
+template <typename T> struct ConvArgs {
+    const T *taps, *bias;
+    T *state;
+    const int32_t *slots;
+    const uint8_t *reset;
+    int L;
+};
+
+template <typename T, typename Out, int TILES, bool NORM, Epilogue KIND>
+DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bias, Out *out, int M, int N, int K, const ConvArgs<T> conv) {
+    extern __shared__ __align__(128) unsigned char raw[];
+    auto &shared = *reinterpret_cast<SkinnyShared<TILES> *>(raw);
+    constexpr int ROWS = KIND == SWIGLU ? 8 : 16, PARTS = KIND == CONV ? 3 : 1, OUTS = (TILES * 8 * ROWS + STREAM_THREADS - 1) / STREAM_THREADS;
+    const int g = threadIdx.x % WARP / 4, column = stream_column(K), steps = K / 256, used = (M + 7) / 8;
+    int begin, end;
+    stream_range(N / ROWS, begin, end);
+    pdl_launch();
+    Stream<T, TILES, RowWalk<T, KIND>> stream(shared, steps, RowWalk<T, KIND>{w + column, begin * PARTS, end * PARTS, N, K});
+    if (NORM)
+        for (int i = threadIdx.x; i < K / 8; i += STREAM_THREADS) shared.norm[i] = reinterpret_cast<const uint4 *>(norm)[i];
+    pdl_wait();
+
+    uint4 v[TILES][STREAM_STEPS];
+    const auto load = [&](int s0) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int s = 0; s < STREAM_STEPS; s++) {
+                v[i][s] = make_uint4(0, 0, 0, 0);
+                if (i * 8 + g < M && s0 + s < steps) v[i][s] = fresh16(x + (size_t)(i * 8 + g) * K + column + (s0 + s) * 32);
             }
+    };
+    load(0);
+    if (NORM) {
+        float squares = 0.f;
+#pragma unroll
+        for (int s = 0; s < STREAM_STEPS; s++) {
+            float f[8];
+            unpack8<T>(v[0][s], f);
+#pragma unroll
+            for (int j = 0; j < 8; j++) squares += f[j] * f[j];
         }
-        for (int j = threadIdx.x; j < TILES * 128; j += STREAM_WARPS * WARP) {
-            const int r = j % 16, m = j / 16;
-            if (m >= M) continue;
-            float sum = stream_sum(shared, m / 8, r, m % 8);
-            if (bias) sum += to_f32<T>(bias[tile * 16 + r]);
-            out[(size_t)m * N + tile * 16 + r] = from_f32<Out>(sum);
-        }
+        squares += __shfl_xor_sync(FULL, squares, 1);
+        squares += __shfl_xor_sync(FULL, squares, 2);
+        if (threadIdx.x % 4 == 0) shared.squares[threadIdx.x / WARP][g] = squares;
         __syncthreads();
-    }
-}
-#else
-template <typename T, typename Out, int TILES>  // TILES of 8 tokens
-DEVICE void skinny(const T *__restrict__ x, const T *__restrict__ w, const T *__restrict__ bias, Out *__restrict__ out, int M, int N, int K, int chunk) {
-    __shared__ float partial[SKINNY_WARPS][TILES][16][8];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    const int n0 = blockIdx.x * 16;
-    const int per_warp = K / SKINNY_WARPS;  // a multiple of 32
-    const T *w0 = w + (size_t)(n0 + g) * K + warp * per_warp + t * 8;
-    const T *w1 = w0 + (size_t)8 * K;
-    float d[TILES][4];
-#pragma unroll
-    for (int i = 0; i < TILES; i++) d[i][0] = d[i][1] = d[i][2] = d[i][3] = 0.f;
-    bool first = true;
-    for (int k = 0; k < per_warp; k += SKINNY_STEPS * 32) {
-        uint4 a[SKINNY_STEPS], b[SKINNY_STEPS];
-#pragma unroll
-        for (int s = 0; s < SKINNY_STEPS; s++)
-            if (k + s * 32 < per_warp) {
-                a[s] = load_stream(w0 + k + s * 32);
-                b[s] = load_stream(w1 + k + s * 32);
-            }
-        if (first) {
-            pdl_launch();
-            pdl_wait();
-            first = false;
-        }
-#pragma unroll
-        for (int s = 0; s < SKINNY_STEPS; s++) {
-            if (k + s * 32 >= per_warp) break;
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                const int m = i * 8 + g;
-                uint4 v = make_uint4(0, 0, 0, 0);
-                if (m < M) v = *reinterpret_cast<const uint4 *>(x + (size_t)m * K + warp * per_warp + k + s * 32 + t * 8);
-                mma16816<T>(d[i], a[s].x, b[s].x, a[s].y, b[s].y, v.x, v.y);
-                mma16816<T>(d[i], a[s].z, b[s].z, a[s].w, b[s].w, v.z, v.w);
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < TILES; i++) {
-        partial[warp][i][g][2 * t] = d[i][0];
-        partial[warp][i][g][2 * t + 1] = d[i][1];
-        partial[warp][i][g + 8][2 * t] = d[i][2];
-        partial[warp][i][g + 8][2 * t + 1] = d[i][3];
-    }
-    __syncthreads();
-    for (int j = threadIdx.x; j < TILES * 128; j += SKINNY_WARPS * WARP) {
-        const int n = j % 16, m = j / 16;
-        if (m >= M) continue;
         float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < SKINNY_WARPS; i++) sum += partial[i][m / 8][n][m % 8];
-        if (bias) sum += to_f32<T>(bias[n0 + n]);
-        out[(size_t)m * N + n0 + n] = from_f32<Out>(sum);
+        for (int i = 0; i < STREAM_WARPS; i++) sum += shared.squares[i][g];
+        const float scale = rsqrtf(sum / K + eps);
+#pragma unroll
+        for (int s = 0; s < STREAM_STEPS; s++) {
+            if (s >= steps) break;
+            float f[8], n[8];
+            unpack8<T>(v[0][s], f);
+            unpack8<T>(shared.norm[(column + s * 32) / 8], n);
+#pragma unroll
+            for (int j = 0; j < 8; j++) f[j] = f[j] * scale * n[j];
+            v[0][s] = pack8<T>(f);
+        }
     }
+
+    int buffer = 0;
+    float first[OUTS], second[OUTS], old[OUTS][3];  // CONV: B, C and the last z. ADD: what is added to.
+    int slot[OUTS];
+    if (KIND == CONV)
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+            const int m = (o * STREAM_THREADS + threadIdx.x) / ROWS;
+            slot[o] = m < M ? (int)fresh4(conv.slots + m) : -1;
+        }
+    for (int tile = begin * PARTS; tile < end * PARTS; tile++) {
+        if (KIND == ADD)
+#pragma unroll
+            for (int o = 0; o < OUTS; o++) {
+                const int j = o * STREAM_THREADS + threadIdx.x, r = j % ROWS, m = j / ROWS;
+                first[o] = m < M ? fresh(out + (size_t)m * N + tile * ROWS + r) : 0.f;
+            }
+        if (KIND == CONV && tile % 3 == 0)
+#pragma unroll
+            for (int o = 0; o < OUTS; o++) {
+                const int j = o * STREAM_THREADS + threadIdx.x;
+                const bool past = slot[o] >= 0 && !conv.reset[j / ROWS];
+                const T *state = conv.state + (size_t)max(slot[o], 0) * (conv.L - 1) * N + tile / 3 * 16 + j % ROWS;
+#pragma unroll
+                for (int k = 0; k < 3; k++) old[o][k] = k < conv.L - 1 && past ? fresh(state + (size_t)k * N) : 0.f;
+            }
+        float d[TILES][2][4] = {};
+        for (int s0 = 0; s0 < steps; s0 += STREAM_STEPS) {
+            if (steps > STREAM_STEPS && (s0 || tile > begin * PARTS)) load(s0);
+            stream.multiply(v, min(STREAM_STEPS, steps - s0), used, d);
+        }
+        stream_partial<TILES>(shared, buffer, d);
+        __syncthreads();
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+            const int j = o * STREAM_THREADS + threadIdx.x, r = j % ROWS, m = j / ROWS;
+            if (m >= M) continue;
+            float sum = stream_sum<TILES>(shared, buffer, r, m);
+            if (KIND == SWIGLU) {
+                out[(size_t)m * N + tile * 8 + r] = from_f32<Out>(silu(sum) * stream_sum<TILES>(shared, buffer, r + 8, m));
+            } else if (KIND == CONV) {
+                const int part = tile % 3, c = tile / 3 * 16 + r;
+                if (bias) sum += to_f32<T>(bias[part * N + c]);
+                sum = to_f32<T>(from_f32<T>(sum));
+                if (part == 0) {
+                    first[o] = sum;
+                } else if (part == 1) {
+                    second[o] = sum;
+                } else {
+                    const float z = to_f32<T>(from_f32<T>(first[o] * sum));
+                    float y = conv.bias ? to_f32<T>(conv.bias[c]) : 0.f;
+#pragma unroll
+                    for (int k = 0; k < 3; k++)
+                        if (k < conv.L - 1) y += to_f32<T>(conv.taps[c * conv.L + k]) * old[o][k];
+                    y += to_f32<T>(conv.taps[c * conv.L + conv.L - 1]) * z;
+                    out[(size_t)m * N + c] = from_f32<Out>(second[o] * y);
+                    T *state = conv.state + (size_t)max(slot[o], 0) * (conv.L - 1) * N + c;
+                    if (slot[o] >= 0)
+#pragma unroll
+                        for (int k = 0; k < 3; k++)
+                            if (k < conv.L - 1) state[(size_t)k * N] = from_f32<T>(k + 1 < conv.L - 1 ? old[o][min(k + 1, 2)] : z);
+                }
+            } else {
+                if (bias) sum += to_f32<T>(bias[tile * 16 + r]);
+                out[(size_t)m * N + tile * 16 + r] = from_f32<Out>(KIND == ADD ? first[o] + sum : sum);
+            }
+        }
+        buffer ^= 1;
+    }
+    cp_async_wait<0>();
 }
 
-#endif
-
-#define SKINNY(T, Out, TILES)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(SKINNY_WARPS *WARP)                                             \
-        linear_skinny_##T##_##Out##_##TILES(const T *x, const T *w, const T *bias, Out *out, int M, int N, int K, int chunk) { \
-        skinny<T, Out, TILES>(x, w, bias, out, M, N, K, chunk);                                                            \
+#define PLAIN(NAME, T, Out, TILES, NORM, KIND)                                                                               \
+    extern "C" __global__ void __launch_bounds__(STREAM_THREADS)                                                             \
+        NAME(const T *x, const T *norm, float eps, const T *w, const T *bias, Out *out, int M, int N, int K) {               \
+        skinny<T, Out, TILES, NORM, KIND>(x, norm, eps, w, bias, out, M, N, K, ConvArgs<T>{});                               \
     }
+#define CONVOLVED(NAME, T, TILES, NORM)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(STREAM_THREADS)                                                             \
+        NAME(const T *x, const T *norm, float eps, const T *w, const T *bias, T *out, int M, int N, int K, const T *taps,    \
+             const T *taps_bias, T *state, const int32_t *slots, const uint8_t *reset, int L) {                              \
+        skinny<T, T, TILES, NORM, CONV>(x, norm, eps, w, bias, out, M, N, K,                                                 \
+                                        ConvArgs<T>{taps, taps_bias, state, slots, reset, L});                               \
+    }
+#define TILED(T, TILES)                                                 \
+    PLAIN(linear_skinny_##T##_##T##_##TILES, T, T, TILES, false, STORE) \
+    PLAIN(linear_skinny_##T##_float_##TILES, T, float, TILES, false, STORE) \
+    PLAIN(linear_add_##T##_##TILES, T, T, TILES, false, ADD)            \
+    PLAIN(linear_swiglu_##T##_##TILES, T, T, TILES, false, SWIGLU)      \
+    CONVOLVED(linear_short_conv_##T##_##TILES, T, TILES, false)
+#define SKINNY(T)                                                  \
+    TILED(T, 1)                                                    \
+    TILED(T, 2)                                                    \
+    TILED(T, 4)                                                    \
+    PLAIN(linear_skinny_norm_##T##_##T##_1, T, T, 1, true, STORE)  \
+    PLAIN(linear_skinny_norm_##T##_float_1, T, float, 1, true, STORE) \
+    PLAIN(linear_swiglu_norm_##T##_1, T, T, 1, true, SWIGLU)       \
+    CONVOLVED(linear_short_conv_norm_##T##_1, T, 1, true)
 
-SKINNY(bf16, bf16, 1)
-SKINNY(bf16, bf16, 2)
-SKINNY(bf16, float, 1)
-SKINNY(bf16, float, 2)
-SKINNY(f16, f16, 1)
-SKINNY(f16, f16, 2)
-SKINNY(f16, float, 1)
-SKINNY(f16, float, 2)
+SKINNY(bf16)
+SKINNY(f16)

@@ -8,16 +8,19 @@
 // output token, token id) alone, hence the draw on nothing else. Equal values: the lower id.
 // Thresholds of top-k and top-p are found by radix selection over the ordered bits of the logit, 8 bits a pass, with integer
 // counts and 2^-32 fixed-point masses, so that no sum depends on the order of atomics. Tokens equal to the threshold are kept.
+// top-k up to 1,024: the k-th largest of the threads' own maxima bounds the k-th largest value from below; the few values from
+// there on are gathered in shared memory, where the rest happens. More than CANDIDATES of them: the whole row is selected from.
 // Edits and completed bad words are written into the row and taken back before raw log-probabilities are read.
 // bad words: per slot up to WORDS (offset, length) pairs and WORD_TOKENS ids; history [slots, WORD_TOKENS] holds output token i at
 // i % WORD_TOKENS. A word of n ids is completed when the last n - 1 outputs are its first n - 1.
-// Grid: one block of 1,024 threads per request. Cost: 1 pass over the row for greedy, 1 to 9 more for the rest, from L2.
+// Grid: one block of 1,024 threads per request. Cost: 1 pass over the row for greedy, 2 with top-k, up to 10 for the rest, from L2.
 #include "common.cuh"
 
 #define SAMPLER_THREADS 1024
 #define EDITS 1024
 #define WORDS 128
 #define WORD_TOKENS 1024
+#define CANDIDATES 2048
 #define TOP 32  // log-probabilities a request may ask for, and then some
 
 struct SlotParams {
@@ -97,7 +100,32 @@ DEVICE unsigned long long block_total(unsigned long long v, unsigned long long *
     return v;
 }
 
-// The largest key whose bin and all above weigh at least `target`, weighing only values for which `weigh` is not 0.
+// f(v, row[v]) for every v: 16 bytes a thread and turn, four loads in flight, past L1.
+template <class F> DEVICE void each(const float *row, int V, const F &f) {
+    if (V % 4) {
+        for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) f(v, __ldcg(row + v));
+        return;
+    }
+    const float4 *vectors = reinterpret_cast<const float4 *>(row);
+    for (int i = threadIdx.x; i < V / 4; i += 4 * SAMPLER_THREADS) {
+        float4 x[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (i + j * SAMPLER_THREADS < V / 4) x[j] = __ldcg(vectors + i + j * SAMPLER_THREADS);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const int v = (i + j * SAMPLER_THREADS) * 4;
+            if (v >= V) break;
+            f(v, x[j].x);
+            f(v + 1, x[j].y);
+            f(v + 2, x[j].z);
+            f(v + 3, x[j].w);
+        }
+    }
+}
+
+// The largest key whose bin and all above weigh at least `target`, weighing only values for which `weigh` is not 0. `value(v)` of
+// all v < V.
 template <class Value, class Weigh>
 DEVICE uint32_t threshold(int V, unsigned long long target, const Value &value, const Weigh &weigh, unsigned long long *bins) {
     __shared__ uint32_t chosen;
@@ -178,7 +206,9 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
            Sampled *__restrict__ out, int V) {
     __shared__ Best scratch[WARP];
     __shared__ unsigned long long sums[WARP], bins[256];
-    __shared__ float original[EDITS + WORDS];
+    __shared__ float original[EDITS + WORDS], maxima[SAMPLER_THREADS];
+    __shared__ Best candidates[CANDIDATES];
+    __shared__ int gathered;
     pdl_launch();
     pdl_wait();
     const SampleRequest request = requests[blockIdx.x];
@@ -207,8 +237,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     __syncthreads();
     __threadfence_block();
 
-    const auto adjusted = [&](int v) {
-        float l = row[v];
+    const auto adjust = [&](int v, float l) {
         if (!(l == l)) l = -INFINITY;
         if (mask && !(mask[v / 32] >> (v % 32) & 1)) return -INFINITY;
         if (p.penalties) {
@@ -218,8 +247,10 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
         }
         return l;
     };
+    const auto adjusted = [&](int v) { return adjust(v, __ldcg(row + v)); };
     Best best{-INFINITY, V};
-    for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) best = better(best, Best{adjusted(v), v});
+    each(row, V, [&](int v, float l) { best = better(best, Best{adjust(v, l), v}); });
+    const float own_high = best.value;
     best = block_best(best, scratch);
     const float high = best.value;
     const bool greedy = p.temperature < 1e-5f || !(high > -INFINITY);
@@ -228,27 +259,55 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     if (!greedy) {
         float lowest = -INFINITY;
         if (p.min_p > 0.f) lowest = high + p.temperature * logf(p.min_p);
-        const auto counted = [&](float l) { return (unsigned long long)(l >= lowest && l > -INFINITY); };
-        const auto mass = [&](float l) {
-            return l >= lowest && key_of(l) >= keep ? (unsigned long long)(expf((l - high) * inverse) * 4294967296.f) : 0ull;
-        };
         if (p.min_p > 0.f) keep = key_of(lowest);
-        if (p.top_k > 0 && p.top_k < V) keep = max(keep, threshold(V, p.top_k, adjusted, counted, bins));
-        if (p.top_p < 1.f) {
-            unsigned long long all = 0;
-            for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) all += mass(adjusted(v));
-            all = block_total(all, sums);
-            const unsigned long long target = max(1ull, (unsigned long long)((double)all * p.top_p));
-            keep = max(keep, threshold(V, target, adjusted, mass, bins));
+        const bool top_k = p.top_k > 0 && p.top_k < V;
+        int count = -1;  // of candidates; -1: the whole row
+        if (top_k && p.top_k <= SAMPLER_THREADS) {
+            maxima[threadIdx.x] = own_high;
+            if (threadIdx.x == 0) gathered = 0;
+            __syncthreads();
+            const uint32_t bound = max(
+                1u, threshold(SAMPLER_THREADS, p.top_k, [&](int i) { return maxima[i]; },
+                              [&](float l) { return (unsigned long long)(l > -INFINITY); }, bins));
+            each(row, V, [&](int v, float l) {
+                l = adjust(v, l);
+                if (l > -INFINITY && key_of(l) >= bound) {
+                    const int at = atomicAdd(&gathered, 1);
+                    if (at < CANDIDATES) candidates[at] = Best{l, v};
+                }
+            });
+            __syncthreads();
+            if (gathered <= CANDIDATES) count = gathered;
         }
-        Best drawn{-INFINITY, V};
-        for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) {
-            const float l = adjusted(v);
-            if (!(l > -INFINITY) || key_of(l) < keep) continue;
-            const float u = ((float)(philox(p.seed, request.output_index, v) >> 8) + 0.5f) * (1.f / 16777216.f);
-            drawn = better(drawn, Best{(l - high) * inverse - logf(-logf(u)), v});
-        }
-        best = block_best(drawn, scratch);
+        // What is chosen from: value and id of the i-th.
+        const auto select = [&](int n, const auto &at) {
+            const auto value = [&](int i) { return at(i).value; };
+            const auto counted = [&](float l) { return (unsigned long long)(l >= lowest && l > -INFINITY); };
+            const auto mass = [&](float l) {
+                return l >= lowest && key_of(l) >= keep ? (unsigned long long)(expf((l - high) * inverse) * 4294967296.f) : 0ull;
+            };
+            if (top_k) keep = max(keep, threshold(n, p.top_k, value, counted, bins));
+            if (p.top_p < 1.f) {
+                unsigned long long all = 0;
+                for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) all += mass(value(i));
+                all = block_total(all, sums);
+                const unsigned long long target = max(1ull, (unsigned long long)((double)all * p.top_p));
+                keep = max(keep, threshold(n, target, value, mass, bins));
+            }
+            Best drawn{-INFINITY, V};
+            for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) {
+                const Best here = at(i);
+                const float l = here.value;
+                if (!(l > -INFINITY) || key_of(l) < keep) continue;
+                const float u = ((float)(philox(p.seed, request.output_index, here.id) >> 8) + 0.5f) * (1.f / 16777216.f);
+                drawn = better(drawn, Best{(l - high) * inverse - logf(-logf(u)), here.id});
+            }
+            best = block_best(drawn, scratch);
+        };
+        if (count >= 0)
+            select(count, [&](int i) { return candidates[i]; });
+        else
+            select(V, [&](int v) { return Best{adjusted(v), v}; });
     }
     const int id = min(best.id, V - 1);
     Sampled *result = out + blockIdx.x;

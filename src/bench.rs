@@ -5,7 +5,7 @@
 //! helps nobody.
 
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use crate::metrics::Metrics;
 use crate::model::cost::ModelCost;
 use crate::model::registry::read_config;
 use crate::serve;
-use crate::step::{Capacity, Executor, ExecutorError, SamplingParams, StepOutput, StepPlan, Ticket, TokenMask};
+use crate::step::{Capacity, DeviceTimes, Executor, ExecutorError, SamplingParams, StepOutput, StepPlan, Ticket, TokenMask};
 
 /// Loads the model of `config` and measures what `args` asks for.
 ///
@@ -161,6 +161,16 @@ impl Bench {
         println!("Host: {engine_ms:.3} ms a step outside the executor, {submit_ms:.3} ms in its submit");
         result["engine_ms_per_step"] = json!(engine_ms);
         result["submit_ms_per_step"] = json!(submit_ms);
+        let device = self.times.device.lock().map(|times| *times).unwrap_or_default();
+        if device.steps > 0 {
+            let per_step = |seconds: f64| seconds * 1e3 / device.steps as f64;
+            let (forward_ms, sample_ms) = (per_step(device.forward_s), per_step(device.sample_s));
+            let launches = device.launches / device.steps;
+            println!("Device: {forward_ms:.3} ms a decode step in {launches} launches, {sample_ms:.3} ms in the sampler");
+            result["device_forward_ms"] = json!(forward_ms);
+            result["device_sample_ms"] = json!(sample_ms);
+            result["launches_per_step"] = json!(launches);
+        }
         Ok(result)
     }
 
@@ -251,12 +261,16 @@ struct StepTimes {
     steps: AtomicU64,
     submit_ns: AtomicU64,
     collect_ns: AtomicU64,
+    device: Mutex<DeviceTimes>,
 }
 
 impl StepTimes {
     fn reset(&self) {
         for counter in [&self.steps, &self.submit_ns, &self.collect_ns] {
             counter.store(0, Ordering::Relaxed);
+        }
+        if let Ok(mut device) = self.device.lock() {
+            *device = DeviceTimes::default();
         }
     }
 }
@@ -288,6 +302,13 @@ impl Executor for Timed {
     }
 
     fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, ExecutorError> {
-        timed(&self.times.collect_ns, || self.executor.collect(ticket))
+        let output = timed(&self.times.collect_ns, || self.executor.collect(ticket));
+        if let (Some(new), Ok(mut all)) = (self.executor.device_times(), self.times.device.lock()) {
+            all.steps += new.steps;
+            all.forward_s += new.forward_s;
+            all.sample_s += new.sample_s;
+            all.launches += new.launches;
+        }
+        output
     }
 }

@@ -230,8 +230,24 @@ pub struct ExecutorError {
     pub fatal: bool,
 }
 
+/// Device time of decode steps, for benchmarks.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DeviceTimes {
+    pub steps: u64,
+    pub forward_s: f64,
+    pub sample_s: f64,
+    /// Launches of the forwards.
+    pub launches: u64,
+}
+
 /// Runs steps. Owned by the engine's thread.
 pub trait Executor: Send {
+    /// What the device did since the last call, without waiting for what it still does; the first call starts the measurement.
+    /// None: the executor does not measure.
+    fn device_times(&mut self) -> Option<DeviceTimes> {
+        None
+    }
+
     fn capacity(&self) -> &Capacity;
 
     /// Starts a step. Steps run in the order of submission; at most `max_in_flight` may be uncollected.

@@ -4,6 +4,7 @@
 //! the operation, the shape and the first value that differs. Run it from a test, or from a test binary on a device.
 
 mod attention;
+mod fused;
 mod sampling;
 
 use std::sync::Arc;
@@ -46,6 +47,8 @@ pub struct Shapes {
     pub attentions: Vec<(usize, usize, usize, usize)>,
     /// (rows, experts, experts per token, width, experts' width, normalised).
     pub experts: Vec<(usize, usize, usize, usize, usize, bool)>,
+    /// (width, dense and experts' width, experts, experts per token).
+    pub fused: Vec<(usize, usize, usize, usize)>,
 }
 
 impl Shapes {
@@ -63,6 +66,7 @@ impl Shapes {
                 (40, 4, 4, 33, 17, false),
                 (40, 3, 1, 16, 16, true),
             ],
+            fused: vec![(40, 24, 4, 2)],
         }
     }
 
@@ -81,7 +85,9 @@ impl Shapes {
                 (200, 64, 4, 256, 128, true),
                 (400, 8, 2, 256, 72, true),
                 (70, 16, 1, 256, 256, true),
+                (130, 8, 4, 256, 256, true),
             ],
+            fused: vec![(256, 512, 32, 4), (2048, 1792, 8, 4), (512, 2304, 8, 2), (96, 64, 8, 2)],
         }
     }
 }
@@ -113,6 +119,7 @@ pub fn conformance<B: Backend>(backend: &mut B, options: &Options) {
     suite.conv();
     suite.attention();
     suite.experts();
+    suite.fused();
     suite.sampling();
     suite.sampling_state();
     suite.refusals();

@@ -15,7 +15,7 @@ pub mod cuda;
 
 use std::fmt;
 
-use crate::step::{SampledToken, SlotId, StartedSlot, TokenId, TokenLogprobs, TokenMask};
+use crate::step::{DeviceTimes, SampledToken, SlotId, StartedSlot, TokenId, TokenLogprobs, TokenMask};
 
 /// Storage types of weights, activations and KV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -152,6 +152,18 @@ impl BatchLayout {
     }
 }
 
+/// Parameters of a short convolution and of the projection before it.
+pub struct ConvWeights<'a, W> {
+    /// `[3H, H]`: B, then C, then x.
+    pub in_proj: &'a W,
+    /// `[3H]`
+    pub in_bias: Option<&'a W>,
+    /// `[H, L]`; the last tap multiplies the current token.
+    pub taps: &'a W,
+    /// `[H]`
+    pub taps_bias: Option<&'a W>,
+}
+
 /// One row of logits to sample from.
 #[derive(Clone, Debug)]
 pub struct SampleRequest {
@@ -194,6 +206,10 @@ pub trait Backend: Send + 'static {
     fn memory_bytes(&self) -> Result<usize>;
     /// Bytes per second of one pass over a buffer larger than every cache, measured now: the yardstick of benchmarks.
     fn read_bandwidth(&mut self) -> Result<f64>;
+    /// See [`Executor::device_times`](crate::step::Executor::device_times), of recorded steps.
+    fn device_times(&mut self) -> Result<Option<DeviceTimes>> {
+        Ok(None)
+    }
     /// Type of activations between operations.
     fn activation_dtype(&self) -> DType;
 
@@ -284,6 +300,47 @@ pub trait Backend: Send + 'static {
         bias: Option<&Self::Weight>,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// `residual + delta` gains `x · wᵀ (+ bias)`: it is `delta`, for the [`add_rms_norm`](Backend::add_rms_norm) of the same pair
+    /// that must follow. A backend may add it to `residual` at once and remember in `delta` that it did.
+    fn linear_residual(
+        &mut self,
+        x: &Self::Tensor,
+        rows: usize,
+        w: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        residual: &mut Self::Tensor,
+        delta: &mut Self::Tensor,
+    ) -> Result<()> {
+        let _ = residual;
+        self.linear(x, rows, w, bias, delta)
+    }
+    /// `out = swiglu(x · w13ᵀ)`, `w13` `[2F, H]`; `gate_up` `[rows, 2F]` is scratch.
+    fn linear_swiglu(
+        &mut self,
+        x: &Self::Tensor,
+        rows: usize,
+        w13: &Self::Weight,
+        gate_up: &mut Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.linear(x, rows, w13, None, gate_up)?;
+        self.swiglu(gate_up, rows, out)
+    }
+    /// `out = short_conv(x · in_projᵀ (+ in_bias))` over the batch's `rows` tokens; `bcx` `[T, 3H]` is scratch.
+    #[expect(clippy::too_many_arguments, reason = "the operands of the table")]
+    fn linear_short_conv(
+        &mut self,
+        x: &Self::Tensor,
+        rows: usize,
+        weights: ConvWeights<'_, Self::Weight>,
+        batch: &Self::Batch,
+        state: &mut Self::ConvState,
+        bcx: &mut Self::Tensor,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.linear(x, rows, weights.in_proj, weights.in_bias, bcx)?;
+        self.short_conv(bcx, weights.taps, weights.taps_bias, batch, state, out)
+    }
     /// On `qkv` `[T, (Nq + 2 Nk) D]`, in place: RMS norm of each q and k head, rotate-half RoPE at the token's position;
     /// then K and V go to the cache where `slot_mapping` says.
     fn qk_norm_rope_kv(
@@ -337,6 +394,21 @@ pub trait Backend: Send + 'static {
         routing: &mut Self::Routing,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// [`moe_experts`](Backend::moe_experts), added like [`linear_residual`](Backend::linear_residual).
+    #[expect(clippy::too_many_arguments, reason = "the operands of the table")]
+    fn moe_experts_residual(
+        &mut self,
+        x: &Self::Tensor,
+        rows: usize,
+        w13: &Self::Weight,
+        w2: &Self::Weight,
+        routing: &mut Self::Routing,
+        residual: &mut Self::Tensor,
+        delta: &mut Self::Tensor,
+    ) -> Result<()> {
+        let _ = residual;
+        self.moe_experts(x, rows, w13, w2, routing, delta)
+    }
     /// `out[n] = x[batch.logit_tokens[n]]` → `[N, H]`.
     fn gather_logit_rows(&mut self, x: &Self::Tensor, batch: &Self::Batch, out: &mut Self::Tensor) -> Result<()>;
 

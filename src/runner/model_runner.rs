@@ -8,7 +8,7 @@ use crate::backend::{Backend, BackendError, SampleRequest, ScoreRequest};
 use crate::model::layers::Workspace;
 use crate::model::lfm2::text::{Cache, Lfm2Text};
 use crate::step::{
-    Capacity, Executor, ExecutorError, RowOutput, RowTokens, SampledToken, StepOutput, StepPlan, Ticket, TokenId,
+    Capacity, DeviceTimes, Executor, ExecutorError, RowOutput, RowTokens, SampledToken, StepOutput, StepPlan, Ticket, TokenId,
     TokenLogprobs, TokenMask,
 };
 
@@ -334,6 +334,10 @@ impl<B: Backend> ModelRunner<B> {
 impl<B: Backend> Executor for ModelRunner<B> {
     fn capacity(&self) -> &Capacity {
         &self.capacity
+    }
+
+    fn device_times(&mut self) -> Option<DeviceTimes> {
+        self.parts.backend.device_times().ok().flatten()
     }
 
     fn submit(&mut self, plan: &StepPlan) -> Result<Ticket, ExecutorError> {

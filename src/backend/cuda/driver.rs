@@ -278,6 +278,8 @@ impl Device {
             let ended = check("cuStreamEndCapture", sys::cuStreamEndCapture(self.stream, &mut graph));
             outcome?;
             ended?;
+            let mut nodes = 0;
+            check("cuGraphGetNodes", sys::cuGraphGetNodes(graph, ptr::null_mut(), &mut nodes))?;
             let mut executable = ptr::null_mut();
             let instantiated = check(
                 "cuGraphInstantiate",
@@ -285,7 +287,7 @@ impl Device {
             );
             check("cuGraphDestroy", sys::cuGraphDestroy(graph))?;
             instantiated?;
-            Ok(Graph { executable })
+            Ok(Graph { executable, nodes })
         }
     }
 
@@ -300,6 +302,8 @@ impl Device {
 /// A captured sequence of launches. Lives as long as the process.
 pub struct Graph {
     executable: sys::CUgraphExec,
+    /// Launches.
+    pub nodes: usize,
 }
 // SAFETY: a driver handle, used under the device's stream.
 unsafe impl Send for Graph {}
@@ -467,12 +471,33 @@ unsafe impl Send for Event {}
 
 impl Event {
     pub fn new(device: &Device) -> Result<Event> {
+        Event::create(device, sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
+    }
+
+    /// One that [`seconds_since`](Event::seconds_since) takes.
+    pub fn timed(device: &Device) -> Result<Event> {
+        Event::create(device, sys::CUevent_flags_enum::CU_EVENT_DEFAULT)
+    }
+
+    fn create(device: &Device, flags: sys::CUevent_flags_enum) -> Result<Event> {
         device.bind()?;
         let mut handle = ptr::null_mut();
-        let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
         // SAFETY: a valid out-pointer.
-        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut handle, flags) })?;
+        check("cuEventCreate", unsafe {
+            sys::cuEventCreate(&mut handle, flags as u32)
+        })?;
         Ok(Event { handle })
+    }
+
+    /// Device time between two recorded events; waits for this one.
+    pub fn seconds_since(&self, start: &Event) -> Result<f64> {
+        self.wait("cuEventSynchronize")?;
+        let mut milliseconds = 0.0f32;
+        // SAFETY: valid handles and out-pointer.
+        check("cuEventElapsedTime", unsafe {
+            sys::cuEventElapsedTime(&mut milliseconds, start.handle, self.handle)
+        })?;
+        Ok(f64::from(milliseconds) / 1e3)
     }
 
     pub fn record(&self, device: &Device) -> Result<()> {
@@ -485,6 +510,15 @@ impl Event {
     pub fn wait(&self, op: &'static str) -> Result<()> {
         // SAFETY: a valid handle.
         check(op, unsafe { sys::cuEventSynchronize(self.handle) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created by cuEventCreate and destroyed once.
+        unsafe {
+            let _ = sys::cuEventDestroy_v2(self.handle);
+        }
     }
 }
 

@@ -9,16 +9,17 @@ mod linear;
 mod moe;
 mod sampler;
 
-use std::collections::HashMap;
+use std::cell::Cell;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use driver::{Address, Arg, Device, Function, Graph, Memory};
+use driver::{Address, Arg, Device, Event, Function, Graph, Memory};
 
 use crate::backend::{
-    AttentionShape, Backend, BackendError, BatchLayout, DType, HostTensor, Result, RouteShape, SampleRequest,
+    AttentionShape, Backend, BackendError, BatchLayout, ConvWeights, DType, HostTensor, Result, RouteShape, SampleRequest,
     ScoreRequest,
 };
-use crate::step::{SampledToken, StartedSlot, TokenLogprobs};
+use crate::step::{DeviceTimes, SampledToken, StartedSlot, TokenLogprobs};
 
 pub use batch::CudaBatch;
 pub use moe::CudaRouting;
@@ -47,14 +48,39 @@ pub struct CudaTensor {
     rows: usize,
     cols: usize,
     dtype: DType,
-    /// Set by `moe_experts`: the value is the sum of this many `[rows, cols]` parts interleaved by row at this address, in
-    /// order. `add_rms_norm` reads the parts and adds them as it goes.
-    parts: Option<(Address, usize)>,
+    value: Cell<Value>,
+}
+
+/// What a tensor stands for.
+#[derive(Clone, Copy)]
+enum Value {
+    /// What its memory holds.
+    Stored,
+    /// The sum of `count` `[rows, cols]` parts interleaved by row at `from`, in order: left by `moe_experts`, read by `add_rms_norm`,
+    /// which adds them as it goes.
+    Parts { from: Address, count: usize },
+    /// Nothing more: a `delta` that was added to the residual where it was made.
+    Added,
+    /// The norm of the rows at `x`, which kernels with few tokens compute for themselves; others let a kernel store it first.
+    /// Rows at `x` stay as they are until its readers have run, as the table's order of operations has it.
+    Normed(Norm),
+}
+
+/// An RMS norm that is still to be computed.
+#[derive(Clone, Copy)]
+struct Norm {
+    x: Address,
+    weight: Address,
+    eps: f32,
 }
 
 impl CudaTensor {
     fn address(&self) -> Address {
         self.memory.address
+    }
+
+    fn store(&self) {
+        self.value.set(Value::Stored);
     }
 }
 
@@ -92,8 +118,38 @@ pub struct CudaBackend {
     attention_partial: Option<Memory>,
     /// Recorded decode steps by what their launches depend on; none with `--enforce-eager`.
     graphs: Option<HashMap<GraphKey, Graph>>,
+    timing: Option<Timing>,
     /// `Σ` over decode rows of their splits that `attention_partial` has room for.
     attention_splits: usize,
+}
+
+/// Events around recorded steps and their samplers, until they are read.
+#[derive(Default)]
+struct Timing {
+    forwards: VecDeque<([Event; 2], usize)>,
+    samples: VecDeque<[Event; 2]>,
+}
+
+impl Timing {
+    /// Steps that may be under way when another is collected.
+    const UNREAD: usize = 3;
+
+    fn read(&mut self) -> Result<DeviceTimes> {
+        let mut times = DeviceTimes::default();
+        while self.forwards.len() > Self::UNREAD {
+            if let Some(([start, end], launches)) = self.forwards.pop_front() {
+                times.steps += 1;
+                times.forward_s += end.seconds_since(&start)?;
+                times.launches += launches as u64;
+            }
+        }
+        while self.samples.len() > Self::UNREAD {
+            if let Some([start, end]) = self.samples.pop_front() {
+                times.sample_s += end.seconds_since(&start)?;
+            }
+        }
+        Ok(times)
+    }
 }
 
 /// Everything that a decode step's launches depend on.
@@ -140,19 +196,75 @@ impl CudaBackend {
             suffix,
             attention_partial: None,
             graphs: (!enforce_eager).then(HashMap::new),
+            timing: None,
             attention_splits: 0,
         })
+    }
+
+    /// Device seconds of one `body`, as the fastest of some replays of a graph of `repeats` of them (0, 1, …): for benchmarks.
+    ///
+    /// # Errors
+    /// What `body` reports, or the device.
+    pub fn time(&mut self, repeats: usize, mut body: impl FnMut(&mut Self, usize) -> Result<()>) -> Result<f64> {
+        const REPLAYS: usize = 4;
+        let device = self.device.clone();
+        device.bind()?;
+        let graph = device.capture(|| (0..repeats).try_for_each(|i| body(self, i)))?;
+        let (start, end) = (Event::timed(&device)?, Event::timed(&device)?);
+        let mut best = f64::INFINITY;
+        for replay in 0..REPLAYS {
+            start.record(&device)?;
+            device.replay(&graph)?;
+            end.record(&device)?;
+            let seconds = end.seconds_since(&start)?;
+            // The first warms up.
+            if replay > 0 {
+                best = best.min(seconds);
+            }
+        }
+        Ok(best / repeats as f64)
+    }
+
+    /// Seconds of one `body` by the host's clock, for what no graph can hold: the fastest of `repeats`.
+    ///
+    /// # Errors
+    /// What `body` reports, or the device.
+    pub fn time_stream(&mut self, repeats: usize, mut body: impl FnMut(&mut Self, usize) -> Result<()>) -> Result<f64> {
+        let mut best = f64::INFINITY;
+        for i in 0..repeats {
+            self.device.synchronize("time")?;
+            let start = std::time::Instant::now();
+            body(self, i)?;
+            self.device.synchronize("time")?;
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        Ok(best)
     }
 
     fn kernel(&self, name: &str, shared_bytes: usize) -> Result<Function> {
         self.device.function(&format!("{name}_{}", self.suffix), shared_bytes)
     }
 
+    /// Makes `rows` rows of `x` what its memory holds.
     fn whole(&self, op: &'static str, x: &CudaTensor, rows: usize) -> Result<()> {
-        need(op, x.parts.is_none(), || {
-            "the input is a sum of parts, which only add_rms_norm reads".into()
-        })?;
-        need(op, rows <= x.rows, || format!("{rows} rows of a tensor of {}", x.rows))
+        need(op, rows <= x.rows, || format!("{rows} rows of a tensor of {}", x.rows))?;
+        match x.value.get() {
+            Value::Stored => Ok(()),
+            Value::Normed(norm) => {
+                x.store();
+                self.launch_norm(norm, rows, x)
+            }
+            Value::Parts { .. } | Value::Added => Err(bug(
+                op,
+                "the input is for add_rms_norm only".into(),
+            )),
+        }
+    }
+
+    fn launch_norm(&self, norm: Norm, rows: usize, out: &CudaTensor) -> Result<()> {
+        let args = [norm.x.arg(), norm.weight.arg(), norm.eps.arg(), out.address().arg(), out.cols.arg()];
+        self.device
+            .launch(self.kernel("rms_norm", 0)?, [rows, 1, 1], 256, 0, &args)
     }
 
     fn upload_weight(&self, parts: &[HostTensor<'_>], shape: (usize, usize), dtype: DType) -> Result<CudaWeight> {
@@ -254,14 +366,8 @@ impl Backend for CudaBackend {
     type Sampler = CudaSampler;
 
     fn describe(&self) -> String {
-        let few = if self.device.capability >= 90 {
-            "bulk copies"
-        } else {
-            "registers"
-        };
-        let matrix = format!("mma.sync tiles, weights streamed through {few} for few tokens");
         format!(
-            "CUDA device {} (sm_{}, {} SMs, driver {}), {} activations, {matrix}",
+            "CUDA device {} (sm_{}, {} SMs, driver {}), {} activations, mma.sync tiles, streamed weights for few tokens",
             self.device.name,
             self.device.capability,
             self.device.multiprocessors,
@@ -296,6 +402,10 @@ impl Backend for CudaBackend {
         Ok(BYTES as f64 / best)
     }
 
+    fn device_times(&mut self) -> Result<Option<DeviceTimes>> {
+        self.timing.get_or_insert_default().read().map(Some)
+    }
+
     fn activation_dtype(&self) -> DType {
         self.dtype
     }
@@ -307,7 +417,7 @@ impl Backend for CudaBackend {
             rows,
             cols,
             dtype,
-            parts: None,
+            value: Cell::new(Value::Stored),
         })
     }
 
@@ -434,7 +544,13 @@ impl Backend for CudaBackend {
             format!("{rows} rows of a tensor of {}", x.rows)
         })?;
         out.clear();
-        let (from, parts) = x.parts.unwrap_or((x.address(), 1));
+        let (from, parts) = match x.value.get() {
+            Value::Parts { from, count } => (from, count),
+            _ => {
+                self.whole("read", x, rows)?;
+                (x.address(), 1)
+            }
+        };
         let mut bytes = vec![0; rows * parts * x.cols * x.dtype.size_bytes()];
         driver::download(&self.device, from, &mut bytes, "read")?;
         let mut values = Vec::new();
@@ -450,7 +566,7 @@ impl Backend for CudaBackend {
         need("write", values.len() <= x.rows * x.cols, || {
             format!("{} values into [{}, {}]", values.len(), x.rows, x.cols)
         })?;
-        x.parts = None;
+        x.store();
         let raw: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         let host = HostTensor {
             dtype: DType::F32,
@@ -479,7 +595,15 @@ impl Backend for CudaBackend {
         };
         let device = self.device.clone();
         if let Some(graph) = self.graphs.as_ref().and_then(|graphs| graphs.get(&key)) {
-            return device.replay(graph);
+            let Some(timing) = &mut self.timing else {
+                return device.replay(graph);
+            };
+            let events = [Event::timed(&device)?, Event::timed(&device)?];
+            events[0].record(&device)?;
+            device.replay(graph)?;
+            events[1].record(&device)?;
+            timing.forwards.push_back((events, graph.nodes));
+            return Ok(());
         }
         if self.graphs.is_none() {
             return body(self, batch);
@@ -506,7 +630,7 @@ impl Backend for CudaBackend {
                 )
             },
         )?;
-        out.parts = None;
+        out.store();
         let vectors = table.cols * table.dtype.size_bytes() / 16;
         let function = self.device.function("gather_rows", 0)?;
         let args = [
@@ -528,16 +652,12 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         self.whole("rms_norm", x, rows)?;
         self.norm_shape("rms_norm", weight, x)?;
-        out.parts = None;
-        let args = [
-            x.address().arg(),
-            weight.memory.address.arg(),
-            eps.arg(),
-            out.address().arg(),
-            x.cols.arg(),
-        ];
-        self.device
-            .launch(self.kernel("rms_norm", 0)?, [rows, 1, 1], 256, 0, &args)
+        let norm = Norm {
+            x: x.address(),
+            weight: weight.memory.address,
+            eps,
+        };
+        self.norm(norm, rows, out)
     }
 
     fn add_rms_norm(
@@ -560,8 +680,20 @@ impl Backend for CudaBackend {
                 )
             },
         )?;
-        out.parts = None;
-        let (from, parts) = delta.parts.unwrap_or((delta.address(), 1));
+        let (from, parts) = match delta.value.get() {
+            Value::Stored => (delta.address(), 1),
+            Value::Parts { from, count } => (from, count),
+            Value::Added => {
+                let norm = Norm {
+                    x: residual.address(),
+                    weight: weight.memory.address,
+                    eps,
+                };
+                return self.norm(norm, rows, out);
+            }
+            Value::Normed(_) => return Err(bug("add_rms_norm", "delta is a norm".into())),
+        };
+        out.store();
         let args = [
             residual.address().arg(),
             from.arg(),
@@ -583,9 +715,43 @@ impl Backend for CudaBackend {
         bias: Option<&CudaWeight>,
         out: &mut CudaTensor,
     ) -> Result<()> {
-        self.whole("linear", x, rows)?;
-        out.parts = None;
         self.matrix_product(x, rows, w, bias, out)
+    }
+
+    fn linear_residual(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        w: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        residual: &mut CudaTensor,
+        delta: &mut CudaTensor,
+    ) -> Result<()> {
+        self.product_added(x, rows, w, bias, residual, delta)
+    }
+
+    fn linear_swiglu(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        w13: &CudaWeight,
+        gate_up: &mut CudaTensor,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        self.product_gated(x, rows, w13, gate_up, out)
+    }
+
+    fn linear_short_conv(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        weights: ConvWeights<'_, CudaWeight>,
+        batch: &CudaBatch,
+        state: &mut CudaConvState,
+        bcx: &mut CudaTensor,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        self.product_convolved(x, rows, weights, batch, state, bcx, out)
     }
 
     fn qk_norm_rope_kv(
@@ -634,7 +800,7 @@ impl Backend for CudaBackend {
         kv: &CudaKvCache,
         out: &mut CudaTensor,
     ) -> Result<()> {
-        out.parts = None;
+        out.store();
         let partial = self.attention_partial.as_ref().map_or(0, |m| m.address);
         let group = shape.num_q_heads / shape.num_kv_heads;
         let args = |split_tokens: usize| {
@@ -709,7 +875,7 @@ impl Backend for CudaBackend {
                 )
             },
         )?;
-        out.parts = None;
+        out.store();
         let h = state.hidden;
         let one_piece_rows = batch.pieces == batch.rows;
         let function = self
@@ -756,7 +922,7 @@ impl Backend for CudaBackend {
             gate_up.cols == 2 * out.cols && out.cols.is_multiple_of(8) && rows <= out.rows,
             || format!("[{}] into [{}]", gate_up.cols, out.cols),
         )?;
-        out.parts = None;
+        out.store();
         let blocks = (rows * out.cols / 8)
             .div_ceil(256)
             .min(self.device.multiprocessors * 16);
@@ -774,7 +940,6 @@ impl Backend for CudaBackend {
         shape: &RouteShape,
         routing: &mut CudaRouting,
     ) -> Result<()> {
-        self.whole("moe_route", x, rows)?;
         self.route(x, rows, gate, bias, shape, routing)
     }
 
@@ -788,17 +953,37 @@ impl Backend for CudaBackend {
         out: &mut CudaTensor,
     ) -> Result<()> {
         self.whole("moe_experts", x, rows)?;
-        self.experts(x, rows, w13, w2, routing, out)
+        self.experts(x, rows, w13, w2, routing, None, out)
+    }
+
+    fn moe_experts_residual(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        w13: &CudaWeight,
+        w2: &CudaWeight,
+        routing: &mut CudaRouting,
+        residual: &mut CudaTensor,
+        delta: &mut CudaTensor,
+    ) -> Result<()> {
+        self.whole("moe_experts", x, rows)?;
+        self.experts(x, rows, w13, w2, routing, Some(residual), delta)
     }
 
     fn gather_logit_rows(&mut self, x: &CudaTensor, batch: &CudaBatch, out: &mut CudaTensor) -> Result<()> {
-        self.whole("gather_logit_rows", x, 0)?;
+        let all = batch.logit_rows == batch.tokens;
+        if let (Value::Normed(norm), true) = (x.value.get(), all) {
+            // Ascending and as many as there are tokens: every token, in order.
+            out.value.set(Value::Normed(norm));
+            return Ok(());
+        }
+        self.whole("gather_logit_rows", x, batch.tokens)?;
         need(
             "gather_logit_rows",
             x.cols == out.cols && batch.logit_rows <= out.rows,
             || format!("{} rows into a tensor of {}", batch.logit_rows, out.rows),
         )?;
-        out.parts = None;
+        out.store();
         let function = self.device.function("gather_rows", 0)?;
         let vectors = x.cols * x.dtype.size_bytes() / 16;
         let args = [
@@ -824,7 +1009,15 @@ impl Backend for CudaBackend {
                 || format!("row {} of logits [{}, {}]", request.logit_row, logits.rows, logits.cols),
             )?;
         }
-        sampler.sample(&self.device, logits.address(), requests)
+        let Some(timing) = &mut self.timing else {
+            return sampler.sample(&self.device, logits.address(), requests);
+        };
+        let events = [Event::timed(&self.device)?, Event::timed(&self.device)?];
+        events[0].record(&self.device)?;
+        sampler.sample(&self.device, logits.address(), requests)?;
+        events[1].record(&self.device)?;
+        timing.samples.push_back(events);
+        Ok(())
     }
 
     fn sampled(&mut self, sampler: &mut CudaSampler, out: &mut Vec<SampledToken>) -> Result<()> {

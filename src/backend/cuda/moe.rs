@@ -3,16 +3,18 @@
 use std::sync::Arc;
 
 use super::driver::{Arg, Device, Memory};
-use super::linear::{STREAM_ROWS, stream_chunk};
-use super::{CudaBackend, CudaTensor, CudaWeight, need};
+use super::linear::{few_tiles, stream_shared_bytes, streams};
+use super::{CudaBackend, CudaTensor, CudaWeight, Value, need};
 use crate::backend::{DType, Result, RouteShape};
 
-/// Up to here an expert has so few tokens that reading its weights once is all that counts.
-const SKINNY_TOKENS: usize = 64;
+/// Up to here an expert has so few tokens that reading its weights once is all that counts (moe_skinny.cu).
+const SKINNY_TOKENS: usize = 128;
+/// MAX_PAIRS of moe_skinny.cu.
+const SKINNY_PAIRS: usize = 1024;
+/// Widest `moe_route_few`.
+const ROUTE_WIDTH: usize = 4096;
 /// moe_route makes the experts' lists itself up to here; past it moe_lists does.
 const ONE_BLOCK_TOKENS: usize = 16;
-/// EXPERT_TILES of moe_experts.cu.
-const EXPERT_TILES: usize = 2;
 
 /// Chosen experts, their lists, and the hidden and weighted output of every (token, k) pair.
 pub struct CudaRouting {
@@ -67,6 +69,11 @@ impl CudaRouting {
     }
 }
 
+/// Shared memory of moe_skinny.cu's `ExpertShared<tiles>`.
+const fn expert_shared_bytes(tiles: usize) -> usize {
+    stream_shared_bytes(tiles) + 64 * 4 + SKINNY_PAIRS + 8 * tiles * 8 * 4 + 8 * 16 * 4
+}
+
 /// A tile of moe_experts.cu's `*_gemm`.
 struct Tile {
     bm: usize,
@@ -103,6 +110,16 @@ impl Tile {
 }
 
 impl CudaBackend {
+    /// Whether moe_skinny.cu takes a step of `rows` tokens, and so moe_route_few the routing.
+    fn few(&self, r: &CudaRouting, rows: usize) -> bool {
+        let fits = |inner: usize| streams(inner) && inner <= 2048;
+        rows <= SKINNY_TOKENS
+            && rows * r.shape.experts_per_token <= SKINNY_PAIRS
+            && fits(r.hidden)
+            && fits(r.ffn)
+            && r.hidden <= ROUTE_WIDTH
+    }
+
     pub(super) fn route(
         &mut self,
         x: &CudaTensor,
@@ -131,10 +148,41 @@ impl CudaBackend {
             gate.dtype == self.dtype && bias.is_none_or(|b| b.dtype == DType::F32),
             || format!("gate in {}, bias in float32 expected", gate.dtype),
         )?;
+        let bias = bias.map_or(0, |b| b.memory.address).arg();
+        if self.few(r, rows) {
+            need("moe_route", rows <= x.rows, || format!("{rows} rows of a tensor of {}", x.rows))?;
+            let (from, norm, eps) = match x.value.get() {
+                Value::Normed(norm) => (norm.x, norm.weight, norm.eps),
+                _ => {
+                    self.whole("moe_route", x, rows)?;
+                    (x.address(), 0, 0.0)
+                }
+            };
+            let args = [
+                from.arg(),
+                norm.arg(),
+                eps.arg(),
+                x.address().arg(),
+                gate.memory.address.arg(),
+                bias,
+                r.pair_weight.address.arg(),
+                r.pair_expert.address.arg(),
+                r.hidden.arg(),
+                e.arg(),
+                k.arg(),
+                shape.norm_topk_prob.arg(),
+                shape.routed_scaling_factor.arg(),
+            ];
+            x.store();
+            return self
+                .device
+                .launch(self.kernel("moe_route_few", 0)?, [rows, 1, 1], 512, 0, &args);
+        }
+        self.whole("moe_route", x, rows)?;
         let args = [
             x.address().arg(),
             gate.memory.address.arg(),
-            bias.map_or(0, |b| b.memory.address).arg(),
+            bias,
             r.pair_weight.address.arg(),
             r.pair_expert.address.arg(),
             r.sorted_pairs.address.arg(),
@@ -179,6 +227,7 @@ impl CudaBackend {
         w13: &CudaWeight,
         w2: &CudaWeight,
         r: &mut CudaRouting,
+        residual: Option<&mut CudaTensor>,
         out: &mut CudaTensor,
     ) -> Result<()> {
         let (e, k) = (r.shape.num_experts, r.shape.experts_per_token);
@@ -198,8 +247,9 @@ impl CudaBackend {
             w13.dtype == self.dtype && w2.dtype == self.dtype && out.cols == h && rows <= out.rows,
             || format!("{rows} rows of {} into [{}, {}]", w13.dtype, out.rows, out.cols),
         )?;
-        let fits = |inner: usize| inner.is_multiple_of(256) && inner <= 2048;
-        let skinny = rows <= SKINNY_TOKENS && fits(h) && fits(f) && h.is_multiple_of(STREAM_ROWS);
+        if self.few(r, rows) {
+            return self.few_experts(x, rows, w13, w2, r, residual, out);
+        }
         let lists = [r.sorted_pairs.address.arg(), r.offsets.address.arg()];
         let (weight, mid, delta) = (r.pair_weight.address.arg(), r.h.address.arg(), r.delta.address.arg());
         // w13: x by token → h by pair; w2: h by pair → delta by pair.
@@ -210,58 +260,99 @@ impl CudaBackend {
         for (name, from, w, to, n, inner, gated) in passes {
             let w = w.memory.address.arg();
             let columns = if gated { 2 * n } else { n };
-            if skinny {
-                let groups = (rows * k).min(e);
-                let (blocks, shared_bytes) = self.stream_launch(groups * columns / STREAM_ROWS, EXPERT_TILES);
-                let function = self.kernel(&format!("moe_{name}_skinny"), shared_bytes)?;
-                let grid = if shared_bytes > 0 {
-                    [blocks, 1, 1]
-                } else {
-                    [columns / STREAM_ROWS, groups, 1]
-                };
-                let active = [r.active.address.arg(), r.active_count.address.arg()];
-                let args = [
-                    from,
-                    w,
-                    lists[0],
-                    lists[1],
-                    active[0],
-                    active[1],
-                    weight,
-                    to,
-                    n.arg(),
-                    inner.arg(),
-                    k.arg(),
-                    stream_chunk(inner).unwrap_or(inner).arg(),
-                ];
-                self.device.launch(function, grid, 256, shared_bytes, &args)?;
-            } else {
-                let tile = Tile::for_tokens(rows, &r.shape);
-                let name = format!("moe_{name}_gemm_{}_{}x{}", self.suffix, tile.bm, Tile::BN);
-                let function = self.device.function(&name, tile.shared_bytes())?;
-                let args = [
-                    from,
-                    w,
-                    lists[0],
-                    lists[1],
-                    weight,
-                    to,
-                    n.arg(),
-                    inner.arg(),
-                    k.arg(),
-                    e.arg(),
-                ];
-                let tiles = (rows * k / tile.bm + e).min(rows * k);
-                self.device.launch(
-                    function,
-                    [columns.div_ceil(Tile::BN), tiles, 1],
-                    tile.threads,
-                    tile.shared_bytes(),
-                    &args,
-                )?;
-            }
+            let tile = Tile::for_tokens(rows, &r.shape);
+            let name = format!("moe_{name}_gemm_{}_{}x{}", self.suffix, tile.bm, Tile::BN);
+            let function = self.device.function(&name, tile.shared_bytes())?;
+            let args = [
+                from,
+                w,
+                lists[0],
+                lists[1],
+                weight,
+                to,
+                n.arg(),
+                inner.arg(),
+                k.arg(),
+                e.arg(),
+            ];
+            let tiles = (rows * k / tile.bm + e).min(rows * k);
+            self.device.launch(
+                function,
+                [columns.div_ceil(Tile::BN), tiles, 1],
+                tile.threads,
+                tile.shared_bytes(),
+                &args,
+            )?;
         }
-        out.parts = Some((r.delta.address, k));
+        out.value.set(Value::Parts {
+            from: r.delta.address,
+            count: k,
+        });
         Ok(())
+    }
+
+    /// moe_skinny.cu: w13, then w2, added to the residual by up to 8 tokens, else left in parts.
+    #[expect(clippy::too_many_arguments, reason = "the operands of the table")]
+    fn few_experts(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        w13: &CudaWeight,
+        w2: &CudaWeight,
+        r: &mut CudaRouting,
+        residual: Option<&mut CudaTensor>,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        let k = r.shape.experts_per_token;
+        let (h, f) = (r.hidden, r.ffn);
+        let args = |x: u64, w: &CudaWeight, out: u64, n: usize, inner: usize| {
+            [
+                x,
+                w.memory.address.arg(),
+                r.pair_expert.address.arg(),
+                r.pair_weight.address.arg(),
+                out,
+                rows.arg(),
+                n.arg(),
+                inner.arg(),
+                k.arg(),
+            ]
+        };
+        // An expert rarely has more than twice its share of tokens; one that has takes another pass.
+        let share = rows * k / r.shape.num_experts;
+        let tiles = few_tiles(rows.min(share * 2)).unwrap_or(4);
+        let bytes = expert_shared_bytes(tiles);
+        let groups = (rows * k).min(r.shape.num_experts);
+        let launch = |name: &str, rows: usize, bytes: usize, args: &[u64]| {
+            let blocks = rows.min(self.device.multiprocessors);
+            self.device
+                .launch(self.device.function(name, bytes)?, [blocks, 1, 1], 256, bytes, args)
+        };
+        launch(
+            &format!("moe_w13_skinny_{}_{tiles}", self.suffix),
+            groups * f / 8,
+            bytes,
+            &args(x.address().arg(), w13, r.h.address.arg(), f, h),
+        )?;
+        if let (Some(residual), true) = (residual, rows <= 8) {
+            self.whole("moe_experts", residual, rows)?;
+            out.value.set(Value::Added);
+            return launch(
+                &format!("moe_w2_add_{}", self.suffix),
+                h / 16,
+                expert_shared_bytes(1),
+                &args(r.h.address.arg(), w2, residual.address().arg(), h, f),
+            );
+        }
+        out.value.set(Value::Parts {
+            from: r.delta.address,
+            count: k,
+        });
+        launch(
+            &format!("moe_w2_skinny_{}_{tiles}", self.suffix),
+            groups * h / 16,
+            bytes,
+            &args(r.h.address.arg(), w2, r.delta.address.arg(), h, f),
+        )
     }
 }

@@ -29,7 +29,7 @@ impl<B: Backend> Attention<B> {
         })
     }
 
-    /// `ws.delta = attention(ws.normed)` for `tokens` tokens; their K and V go to the cache.
+    /// `ws.delta = attention(ws.normed)`, or it is in `ws.residual` already, for `tokens` tokens; their K and V go to the cache.
     pub fn forward(
         &self,
         backend: &mut B,
@@ -41,6 +41,6 @@ impl<B: Backend> Attention<B> {
         backend.linear(&ws.normed, tokens, &self.qkv, None, &mut ws.qkv)?;
         backend.qk_norm_rope_kv(&mut ws.qkv, &self.q_norm, &self.k_norm, &self.shape, batch, kv)?;
         backend.attention(&ws.qkv, &self.shape, batch, kv, &mut ws.heads)?;
-        backend.linear(&ws.heads, tokens, &self.out, None, &mut ws.delta)
+        backend.linear_residual(&ws.heads, tokens, &self.out, None, &mut ws.residual, &mut ws.delta)
     }
 }

@@ -47,7 +47,7 @@ impl<B: Backend> Moe<B> {
         })
     }
 
-    /// `ws.delta = experts(ws.normed)` for `tokens` tokens.
+    /// `ws.delta = experts(ws.normed)`, or it is in `ws.residual` already, for `tokens` tokens.
     pub fn forward(&self, backend: &mut B, tokens: usize, ws: &mut Workspace<B>) -> Result<()> {
         let routing = ws.routing.as_mut().ok_or_else(|| BackendError {
             op: "moe_route",
@@ -55,6 +55,7 @@ impl<B: Backend> Moe<B> {
             fatal: true,
         })?;
         backend.moe_route(&ws.normed, tokens, &self.gate, self.bias.as_ref(), &self.shape, routing)?;
-        backend.moe_experts(&ws.normed, tokens, &self.w13, &self.w2, routing, &mut ws.delta)
+        let (residual, delta) = (&mut ws.residual, &mut ws.delta);
+        backend.moe_experts_residual(&ws.normed, tokens, &self.w13, &self.w2, routing, residual, delta)
     }
 }

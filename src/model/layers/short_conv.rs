@@ -1,7 +1,7 @@
 //! The gated short convolution.
 
 use super::Workspace;
-use crate::backend::{Backend, Result};
+use crate::backend::{Backend, ConvWeights, Result};
 use crate::model::LoadError;
 use crate::model::loader::Loader;
 
@@ -31,7 +31,7 @@ impl<B: Backend> ShortConv<B> {
         })
     }
 
-    /// `ws.delta = conv(ws.normed)` for `tokens` tokens; the slots' states move on.
+    /// `ws.delta = conv(ws.normed)`, or it is in `ws.residual` already, for `tokens` tokens; the slots' states move on.
     pub fn forward(
         &self,
         backend: &mut B,
@@ -40,8 +40,14 @@ impl<B: Backend> ShortConv<B> {
         ws: &mut Workspace<B>,
         state: &mut B::ConvState,
     ) -> Result<()> {
-        backend.linear(&ws.normed, tokens, &self.in_proj, self.in_bias.as_ref(), &mut ws.bcx)?;
-        backend.short_conv(&ws.bcx, &self.taps, self.taps_bias.as_ref(), batch, state, &mut ws.conv)?;
-        backend.linear(&ws.conv, tokens, &self.out_proj, self.out_bias.as_ref(), &mut ws.delta)
+        let weights = ConvWeights {
+            in_proj: &self.in_proj,
+            in_bias: self.in_bias.as_ref(),
+            taps: &self.taps,
+            taps_bias: self.taps_bias.as_ref(),
+        };
+        backend.linear_short_conv(&ws.normed, tokens, weights, batch, state, &mut ws.bcx, &mut ws.conv)?;
+        let bias = self.out_bias.as_ref();
+        backend.linear_residual(&ws.conv, tokens, &self.out_proj, bias, &mut ws.residual, &mut ws.delta)
     }
 }

@@ -22,10 +22,9 @@ impl<B: Backend> SwiGlu<B> {
         })
     }
 
-    /// `ws.delta = ffn(ws.normed)` for `tokens` tokens.
+    /// `ws.delta = ffn(ws.normed)`, or it is in `ws.residual` already, for `tokens` tokens.
     pub fn forward(&self, backend: &mut B, tokens: usize, ws: &mut Workspace<B>) -> Result<()> {
-        backend.linear(&ws.normed, tokens, &self.w13, None, &mut ws.gate_up)?;
-        backend.swiglu(&ws.gate_up, tokens, &mut ws.activated)?;
-        backend.linear(&ws.activated, tokens, &self.w2, None, &mut ws.delta)
+        backend.linear_swiglu(&ws.normed, tokens, &self.w13, &mut ws.gate_up, &mut ws.activated)?;
+        backend.linear_residual(&ws.activated, tokens, &self.w2, None, &mut ws.residual, &mut ws.delta)
     }
 }
