@@ -76,12 +76,7 @@ mod cuda {
                 sum
             };
             let floats: Vec<f32> = std::iter::repeat_with(value).take(n).collect();
-            Values(
-                floats
-                    .iter()
-                    .flat_map(|v| half_bits(v * 0.017).to_le_bytes())
-                    .collect(),
-            )
+            Values(floats.iter().flat_map(|v| half_bits(v * 0.017).to_le_bytes()).collect())
         }
 
         /// `[rows, cols]` that begins at another value for each `seed`.
@@ -124,7 +119,11 @@ mod cuda {
         let mut gpu = CudaBackend::new(0, DType::Bf16, false)?;
         println!("{}", gpu.describe());
         let bandwidth = gpu.read_bandwidth()?;
-        println!("read bandwidth {:.2} TB/s; matrix products against {:.0} TFLOP/s", bandwidth / 1e12, TFLOPS / 1e12);
+        println!(
+            "read bandwidth {:.2} TB/s; matrix products against {:.0} TFLOP/s",
+            bandwidth / 1e12,
+            TFLOPS / 1e12
+        );
         let mut bench = Bench {
             gpu,
             values: Values::new(1 << 22),
@@ -165,7 +164,11 @@ mod cuda {
             } else {
                 format!("{:7.0} GB/s   ", bytes as f64 / seconds / 1e9)
             };
-            println!("{name:<44} {:9.2} µs {rate} {:4.0} %", seconds * 1e6, floor / seconds * 100.0);
+            println!(
+                "{name:<44} {:9.2} µs {rate} {:4.0} %",
+                seconds * 1e6,
+                floor / seconds * 100.0
+            );
             Ok(())
         }
 
@@ -207,9 +210,15 @@ mod cuda {
         /// The share of the largest value by which GPU and CPU differ.
         fn compare(&mut self, name: &str, got: &[f32], want: &[f32]) {
             let scale = want.iter().fold(1e-6f32, |m, v| m.max(v.abs()));
-            let worst = got.iter().zip(want).fold(0.0f32, |m, (a, b)| if (a - b).abs() <= m { m } else { (a - b).abs() });
+            let worst = got
+                .iter()
+                .zip(want)
+                .fold(0.0f32, |m, (a, b)| if (a - b).abs() <= m { m } else { (a - b).abs() });
             if !(worst / scale <= 2e-2) {
-                println!("{name}: FAILED, differs from the CPU by {:.1e} of the largest value", worst / scale);
+                println!(
+                    "{name}: FAILED, differs from the CPU by {:.1e} of the largest value",
+                    worst / scale
+                );
                 self.failed = true;
             }
         }
@@ -277,9 +286,17 @@ mod cuda {
         /// Norm + product, SwiGLU and product + residual as a decode step has them.
         fn fused_products(&mut self) -> Result<()> {
             let norm = self.ones()?;
-            for (what, n, k) in [("norm qkv", QKV, HIDDEN), ("norm swiglu", 2 * DENSE, HIDDEN), ("residual out_proj", HIDDEN, HIDDEN), ("residual dense w2", HIDDEN, DENSE)] {
+            for (what, n, k) in [
+                ("norm qkv", QKV, HIDDEN),
+                ("norm swiglu", 2 * DENSE, HIDDEN),
+                ("residual out_proj", HIDDEN, HIDDEN),
+                ("residual dense w2", HIDDEN, DENSE),
+            ] {
                 let name = |rows: usize| format!("fused {what} {rows} x {n} x {k}");
-                let rows: Vec<usize> = DECODE_ROWS.into_iter().filter(|&rows| self.wants(&name(rows))).collect();
+                let rows: Vec<usize> = DECODE_ROWS
+                    .into_iter()
+                    .filter(|&rows| self.wants(&name(rows)))
+                    .collect();
                 let Some(&most) = rows.iter().max() else { continue };
                 let copies = Self::copies(n * k * 2);
                 let weights: Vec<Weight> = (0..copies).map(|i| self.weight(n, k, i)).collect::<Result<_>>()?;
@@ -335,10 +352,14 @@ mod cuda {
                 let at = context - 1;
                 layout.token_ids.push(row as u32);
                 layout.positions.push(at as u32);
-                layout.slot_mapping.push(((row * blocks + at / BLOCK) * BLOCK + at % BLOCK) as i64);
+                layout
+                    .slot_mapping
+                    .push(((row * blocks + at / BLOCK) * BLOCK + at % BLOCK) as i64);
                 layout.row_starts.push(row as u32 + 1);
                 layout.context_lens.push(context as u32);
-                layout.block_tables.extend((0..blocks).map(|b| (row * blocks + b) as u32));
+                layout
+                    .block_tables
+                    .extend((0..blocks).map(|b| (row * blocks + b) as u32));
                 layout.slots.push(row as u32);
                 layout.reset_conv.push(false);
                 layout.feedback.push(false);
@@ -350,12 +371,21 @@ mod cuda {
         }
 
         fn convs(&mut self) -> Result<()> {
-            let names = |rows: usize| [format!("short_conv {rows}"), format!("fused norm in_proj short_conv {rows}")];
-            let rows: Vec<usize> = DECODE_ROWS.into_iter().filter(|&r| names(r).iter().any(|n| self.wants(n))).collect();
+            let names = |rows: usize| {
+                [
+                    format!("short_conv {rows}"),
+                    format!("fused norm in_proj short_conv {rows}"),
+                ]
+            };
+            let rows: Vec<usize> = DECODE_ROWS
+                .into_iter()
+                .filter(|&r| names(r).iter().any(|n| self.wants(n)))
+                .collect();
             let Some(&most) = rows.iter().max() else { return Ok(()) };
             let copies = Self::copies(3 * HIDDEN * HIDDEN * 2);
-            let weights: Vec<Weight> =
-                (0..copies).map(|i| self.weight(3 * HIDDEN, HIDDEN, i)).collect::<Result<_>>()?;
+            let weights: Vec<Weight> = (0..copies)
+                .map(|i| self.weight(3 * HIDDEN, HIDDEN, i))
+                .collect::<Result<_>>()?;
             let (taps, norm) = (self.weight(HIDDEN, TAPS, 3)?, self.ones()?);
             let mut state = self.gpu.conv_state(most, TAPS, HIDDEN)?;
             let (x, mut normed) = (self.tensor(most, HIDDEN, 1)?, self.tensor(most, HIDDEN, 2)?);
@@ -387,7 +417,8 @@ mod cuda {
 
         fn attention(&mut self) -> Result<()> {
             let heads = ATTENTION.num_q_heads * 64;
-            for (rows, context) in DECODE_ROWS.into_iter().map(|r| (r, 192)).chain([(1, 8192), (32, 8192)]) {
+            let contexts = DECODE_ROWS.into_iter().map(|rows| (rows, 192usize));
+            for (rows, context) in contexts.chain([(1, 8192), (32, 8192)]) {
                 let name = format!("attention decode {rows} at {context}");
                 if !self.wants(&name) {
                     continue;
@@ -439,8 +470,9 @@ mod cuda {
             for rows in rows {
                 // Rows that choose differently, so that little of the weights is cached.
                 let turns = if rows <= 4 { 8 } else { 2 };
-                let inputs: Vec<Tensor> =
-                    (0..turns).map(|i| self.tensor(rows, HIDDEN, 11 + i)).collect::<Result<_>>()?;
+                let inputs: Vec<Tensor> = (0..turns)
+                    .map(|i| self.tensor(rows, HIDDEN, 11 + i))
+                    .collect::<Result<_>>()?;
                 let mut normed = self.tensor(rows, HIDDEN, 1)?;
                 let (mut residual, mut delta) = (self.tensor(rows, HIDDEN, 2)?, self.tensor(rows, HIDDEN, 3)?);
                 let [route_name, experts_name] = names(rows);

@@ -5,8 +5,8 @@
 //! helps nobody.
 
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -19,7 +19,9 @@ use crate::metrics::Metrics;
 use crate::model::cost::ModelCost;
 use crate::model::registry::read_config;
 use crate::serve;
-use crate::step::{Capacity, DeviceTimes, Executor, ExecutorError, SamplingParams, StepOutput, StepPlan, Ticket, TokenMask};
+use crate::step::{
+    Capacity, DeviceTimes, Executor, ExecutorError, SamplingParams, StepOutput, StepPlan, Ticket, TokenMask,
+};
 
 /// Loads the model of `config` and measures what `args` asks for.
 ///
@@ -162,11 +164,12 @@ impl Bench {
         result["engine_ms_per_step"] = json!(engine_ms);
         result["submit_ms_per_step"] = json!(submit_ms);
         let device = self.times.device.lock().map(|times| *times).unwrap_or_default();
-        if device.steps > 0 {
+        if let Some(launches) = device.launches.checked_div(device.steps) {
             let per_step = |seconds: f64| seconds * 1e3 / device.steps as f64;
             let (forward_ms, sample_ms) = (per_step(device.forward_s), per_step(device.sample_s));
-            let launches = device.launches / device.steps;
-            println!("Device: {forward_ms:.3} ms a decode step in {launches} launches, {sample_ms:.3} ms in the sampler");
+            println!(
+                "Device: {forward_ms:.3} ms a decode step in {launches} launches, {sample_ms:.3} ms in the sampler"
+            );
             result["device_forward_ms"] = json!(forward_ms);
             result["device_sample_ms"] = json!(sample_ms);
             result["launches_per_step"] = json!(launches);

@@ -8,8 +8,8 @@ use crate::backend::{Backend, BackendError, SampleRequest, ScoreRequest};
 use crate::model::layers::Workspace;
 use crate::model::lfm2::text::{Cache, Lfm2Text};
 use crate::step::{
-    Capacity, DeviceTimes, Executor, ExecutorError, RowOutput, RowTokens, SampledToken, StepOutput, StepPlan, Ticket, TokenId,
-    TokenLogprobs, TokenMask,
+    Capacity, DeviceTimes, Executor, ExecutorError, RowOutput, RowTokens, SampledToken, StepOutput, StepPlan, Ticket,
+    TokenId, TokenLogprobs, TokenMask,
 };
 
 /// A loaded model and its memory, ready to run steps.

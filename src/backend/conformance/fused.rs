@@ -49,7 +49,9 @@ impl<B: Backend> Suite<'_, B> {
 
         let xt = self.tensor(rows, h, &x);
         let mut plain = self.tensor(rows, h, &[]);
-        self.backend.rms_norm(&xt, rows, &norm, eps, &mut plain).expect("rms_norm");
+        self.backend
+            .rms_norm(&xt, rows, &norm, eps, &mut plain)
+            .expect("rms_norm");
         let normed = self.read(&plain, rows);
         let stored = self.tensor(rows, h, &normed);
         let (mut gate_up, mut act, mut out) = (
@@ -57,16 +59,24 @@ impl<B: Backend> Suite<'_, B> {
             self.tensor(rows, f, &[]),
             self.tensor(rows, h, &[]),
         );
-        self.backend.linear(&stored, rows, &w13, None, &mut gate_up).expect("linear");
+        self.backend
+            .linear(&stored, rows, &w13, None, &mut gate_up)
+            .expect("linear");
         let want_product = self.read(&gate_up, rows);
         self.backend.swiglu(&gate_up, rows, &mut act).expect("swiglu");
         let want_act = self.read(&act, rows);
-        self.backend.linear(&act, rows, &w2, Some(&bias), &mut out).expect("linear");
+        self.backend
+            .linear(&act, rows, &w2, Some(&bias), &mut out)
+            .expect("linear");
         let want_sum: Vec<f32> = self.read(&out, rows).iter().zip(&x).map(|(a, b)| a + b).collect();
 
         let mut lazy = self.tensor(rows, h, &[]);
-        self.backend.rms_norm(&xt, rows, &norm, eps, &mut lazy).expect("rms_norm");
-        self.backend.linear(&lazy, rows, &w13, None, &mut gate_up).expect("linear");
+        self.backend
+            .rms_norm(&xt, rows, &norm, eps, &mut lazy)
+            .expect("rms_norm");
+        self.backend
+            .linear(&lazy, rows, &w13, None, &mut gate_up)
+            .expect("linear");
         let got = self.read(&gate_up, rows);
         self.near(&what("rms_norm, linear"), &got, &want_product, 2 * f);
 
@@ -76,15 +86,21 @@ impl<B: Backend> Suite<'_, B> {
         self.backend.set_batch(&mut batch, &b).expect("set_batch");
         let mut picked = self.tensor(rows, h, &[]);
         let mut logits = self.backend.tensor(rows, 2 * f, DType::F32).expect("tensor");
-        self.backend.rms_norm(&xt, rows, &norm, eps, &mut lazy).expect("rms_norm");
+        self.backend
+            .rms_norm(&xt, rows, &norm, eps, &mut lazy)
+            .expect("rms_norm");
         self.backend
             .gather_logit_rows(&lazy, &batch, &mut picked)
             .expect("gather_logit_rows");
-        self.backend.linear(&picked, rows, &w13, None, &mut logits).expect("linear");
+        self.backend
+            .linear(&picked, rows, &w13, None, &mut logits)
+            .expect("linear");
         let got = self.read(&logits, rows);
         self.near(&what("rms_norm, gather_logit_rows, linear"), &got, &want_product, 2 * f);
 
-        self.backend.rms_norm(&xt, rows, &norm, eps, &mut lazy).expect("rms_norm");
+        self.backend
+            .rms_norm(&xt, rows, &norm, eps, &mut lazy)
+            .expect("rms_norm");
         self.backend
             .linear_swiglu(&lazy, rows, &w13, &mut gate_up, &mut act)
             .expect("linear_swiglu");
@@ -102,7 +118,9 @@ impl<B: Backend> Suite<'_, B> {
         let sum = self.read(&residual, rows);
         self.near(&what("linear_residual"), &sum, &want_sum, h);
         let got = self.read(&lazy, rows);
-        self.backend.rms_norm(&residual, rows, &norm, eps, &mut plain).expect("rms_norm");
+        self.backend
+            .rms_norm(&residual, rows, &norm, eps, &mut plain)
+            .expect("rms_norm");
         let want = self.read(&plain, rows);
         self.near(&what("linear_residual, add_rms_norm"), &got, &want, h);
     }
@@ -142,7 +160,9 @@ impl<B: Backend> Suite<'_, B> {
                 self.tensor(rows, h, &[]),
                 self.tensor(rows, h, &[]),
             );
-            self.backend.linear(&xt, rows, &in_proj, in_bias, &mut bcx).expect("linear");
+            self.backend
+                .linear(&xt, rows, &in_proj, in_bias, &mut bcx)
+                .expect("linear");
             self.backend
                 .short_conv(&bcx, &taps_weight, taps_bias, &batch, &mut states[0], &mut want)
                 .expect("short_conv");
@@ -163,7 +183,14 @@ impl<B: Backend> Suite<'_, B> {
     /// A norm read by the router, and experts into the residual.
     fn fused_experts(&mut self, shape: &RouteShape, h: usize, f: usize, dtype: DType) {
         let e = shape.num_experts;
-        let most = self.options.rows.iter().copied().filter(|&rows| rows <= 130).max().unwrap_or(1);
+        let most = self
+            .options
+            .rows
+            .iter()
+            .copied()
+            .filter(|&rows| rows <= 130)
+            .max()
+            .unwrap_or(1);
         let gate = self.matrix(e, h, dtype);
         let norm = self.norm_weight(h);
         let values = bytes(dtype, &self.rng.values(2 * f * h));
@@ -192,7 +219,8 @@ impl<B: Backend> Suite<'_, B> {
         let (w13, w2) = (experts(&w13, &up), experts(&w2, &down));
         let mut routing = self.backend.routing(most, shape, h, f).expect("routing");
         for rows in self.options.rows.clone().into_iter().filter(|&rows| rows <= most) {
-            let what = format!("rms_norm, moe_route, moe_experts_residual, {rows} rows, {e} experts of {h} × {f}, {dtype}");
+            let what =
+                format!("rms_norm, moe_route, moe_experts_residual, {rows} rows, {e} experts of {h} × {f}, {dtype}");
             let x = self.rng.values(rows * h);
             let mut residual = self.tensor(rows, h, &x);
             let (mut normed, mut delta) = (self.tensor(rows, h, &[]), self.tensor(rows, h, &[]));
@@ -213,7 +241,9 @@ impl<B: Backend> Suite<'_, B> {
 
             let xt = self.tensor(rows, h, &x);
             let mut again = self.tensor(rows, h, &[]);
-            self.backend.rms_norm(&xt, rows, &norm, 1e-5, &mut again).expect("rms_norm");
+            self.backend
+                .rms_norm(&xt, rows, &norm, 1e-5, &mut again)
+                .expect("rms_norm");
             let again = self.read(&again, rows);
             self.near(&format!("{what}: the norm"), &normed, &again, h);
             // From the same rounded norms, so that no near tie between experts is decided otherwise.

@@ -279,7 +279,10 @@ impl Device {
             outcome?;
             ended?;
             let mut nodes = 0;
-            check("cuGraphGetNodes", sys::cuGraphGetNodes(graph, ptr::null_mut(), &mut nodes))?;
+            check(
+                "cuGraphGetNodes",
+                sys::cuGraphGetNodes(graph, ptr::null_mut(), &mut nodes),
+            )?;
             let mut executable = ptr::null_mut();
             let instantiated = check(
                 "cuGraphInstantiate",

@@ -141,7 +141,9 @@ impl CudaBackend {
     ) -> Result<()> {
         let tiles = few_tiles(rows).unwrap_or(1);
         let (from, weight, eps, norm) = match x.value.get() {
-            Value::Normed(norm) if rows <= NORM_TOKENS && w.cols <= NORM_WIDTH => (norm.x, norm.weight, norm.eps, "_norm"),
+            Value::Normed(norm) if rows <= NORM_TOKENS && w.cols <= NORM_WIDTH => {
+                (norm.x, norm.weight, norm.eps, "_norm")
+            }
             _ => {
                 self.whole(op, x, rows)?;
                 (x.address(), 0, 0.0, "")
@@ -176,14 +178,28 @@ impl CudaBackend {
         delta: &CudaTensor,
     ) -> Result<()> {
         let n = w.rows;
-        if !matches!(choose(rows, n, w.cols, self.device.multiprocessors), Product::Skinny { .. }) {
+        if !matches!(
+            choose(rows, n, w.cols, self.device.multiprocessors),
+            Product::Skinny { .. }
+        ) {
             return self.matrix_product(x, rows, w, bias, delta);
         }
         self.product_shape(x, rows, w, residual)?;
         self.whole("linear_residual", residual, rows)?;
         delta.value.set(Value::Added);
         let out = residual.address();
-        self.launch_skinny("linear_residual", "linear_add", self.suffix, x, rows, w, bias, out, (n, n / STREAM_ROWS), &[])
+        self.launch_skinny(
+            "linear_residual",
+            "linear_add",
+            self.suffix,
+            x,
+            rows,
+            w,
+            bias,
+            out,
+            (n, n / STREAM_ROWS),
+            &[],
+        )
     }
 
     /// `linear_swiglu`.
@@ -196,17 +212,33 @@ impl CudaBackend {
         out: &mut CudaTensor,
     ) -> Result<()> {
         let f = w13.rows / 2;
-        let skinny = matches!(choose(rows, w13.rows, w13.cols, self.device.multiprocessors), Product::Skinny { .. });
+        let skinny = matches!(
+            choose(rows, w13.rows, w13.cols, self.device.multiprocessors),
+            Product::Skinny { .. }
+        );
         if !skinny {
             self.matrix_product(x, rows, w13, None, gate_up)?;
             return self.swiglu(gate_up, rows, out);
         }
-        need("linear_swiglu", out.cols == f && rows <= out.rows && f.is_multiple_of(8), || {
-            format!("a width of {f} into [{}, {}]", out.rows, out.cols)
-        })?;
+        need(
+            "linear_swiglu",
+            out.cols == f && rows <= out.rows && f.is_multiple_of(8),
+            || format!("a width of {f} into [{}, {}]", out.rows, out.cols),
+        )?;
         self.operand_shape(x, w13)?;
         out.store();
-        self.launch_skinny("linear_swiglu", "linear_swiglu", self.suffix, x, rows, w13, None, out.address(), (f, f / 8), &[])
+        self.launch_skinny(
+            "linear_swiglu",
+            "linear_swiglu",
+            self.suffix,
+            x,
+            rows,
+            w13,
+            None,
+            out.address(),
+            (f, f / 8),
+            &[],
+        )
     }
 
     /// `linear_short_conv`.
@@ -223,7 +255,10 @@ impl CudaBackend {
     ) -> Result<()> {
         let (w, h) = (weights.in_proj, state.hidden);
         let decode = batch.tokens == batch.rows && rows == batch.rows;
-        let skinny = matches!(choose(rows, w.rows, w.cols, self.device.multiprocessors), Product::Skinny { .. });
+        let skinny = matches!(
+            choose(rows, w.rows, w.cols, self.device.multiprocessors),
+            Product::Skinny { .. }
+        );
         if !(decode && skinny && h.is_multiple_of(STREAM_ROWS)) {
             self.matrix_product(x, rows, w, weights.in_bias, bcx)?;
             return self.short_conv(bcx, weights.taps, weights.taps_bias, batch, state, out);
@@ -250,13 +285,26 @@ impl CudaBackend {
         ];
         let name = "linear_short_conv";
         let blocks = h / STREAM_ROWS;
-        self.launch_skinny(name, name, self.suffix, x, rows, w, weights.in_bias, out.address(), (h, blocks), &more)
+        self.launch_skinny(
+            name,
+            name,
+            self.suffix,
+            x,
+            rows,
+            w,
+            weights.in_bias,
+            out.address(),
+            (h, blocks),
+            &more,
+        )
     }
 
     fn operand_shape(&self, x: &CudaTensor, w: &CudaWeight) -> Result<()> {
-        need("linear", x.cols == w.cols && x.dtype == self.dtype && w.dtype == self.dtype, || {
-            format!("[.., {}] {} × [{}, {}]ᵀ {}", x.cols, x.dtype, w.rows, w.cols, w.dtype)
-        })
+        need(
+            "linear",
+            x.cols == w.cols && x.dtype == self.dtype && w.dtype == self.dtype,
+            || format!("[.., {}] {} × [{}, {}]ᵀ {}", x.cols, x.dtype, w.rows, w.cols, w.dtype),
+        )
     }
 
     fn product_shape(&self, x: &CudaTensor, rows: usize, w: &CudaWeight, out: &CudaTensor) -> Result<()> {
@@ -288,7 +336,18 @@ impl CudaBackend {
             Product::Skinny { .. } => {
                 let types = format!("{}_{output}", self.suffix);
                 let out = out.address();
-                self.launch_skinny("linear", "linear_skinny", &types, x, rows, w, bias, out, (n, n / STREAM_ROWS), &[])
+                self.launch_skinny(
+                    "linear",
+                    "linear_skinny",
+                    &types,
+                    x,
+                    rows,
+                    w,
+                    bias,
+                    out,
+                    (n, n / STREAM_ROWS),
+                    &[],
+                )
             }
             Product::Tiled { tile, splits } => {
                 self.whole("linear", x, rows)?;

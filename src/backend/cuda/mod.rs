@@ -16,8 +16,8 @@ use std::sync::Arc;
 use driver::{Address, Arg, Device, Event, Function, Graph, Memory};
 
 use crate::backend::{
-    AttentionShape, Backend, BackendError, BatchLayout, ConvWeights, DType, HostTensor, Result, RouteShape, SampleRequest,
-    ScoreRequest,
+    AttentionShape, Backend, BackendError, BatchLayout, ConvWeights, DType, HostTensor, Result, RouteShape,
+    SampleRequest, ScoreRequest,
 };
 use crate::step::{DeviceTimes, SampledToken, StartedSlot, TokenLogprobs};
 
@@ -254,15 +254,18 @@ impl CudaBackend {
                 x.store();
                 self.launch_norm(norm, rows, x)
             }
-            Value::Parts { .. } | Value::Added => Err(bug(
-                op,
-                "the input is for add_rms_norm only".into(),
-            )),
+            Value::Parts { .. } | Value::Added => Err(bug(op, "the input is for add_rms_norm only".into())),
         }
     }
 
     fn launch_norm(&self, norm: Norm, rows: usize, out: &CudaTensor) -> Result<()> {
-        let args = [norm.x.arg(), norm.weight.arg(), norm.eps.arg(), out.address().arg(), out.cols.arg()];
+        let args = [
+            norm.x.arg(),
+            norm.weight.arg(),
+            norm.eps.arg(),
+            out.address().arg(),
+            out.cols.arg(),
+        ];
         self.device
             .launch(self.kernel("rms_norm", 0)?, [rows, 1, 1], 256, 0, &args)
     }

@@ -150,7 +150,9 @@ impl CudaBackend {
         )?;
         let bias = bias.map_or(0, |b| b.memory.address).arg();
         if self.few(r, rows) {
-            need("moe_route", rows <= x.rows, || format!("{rows} rows of a tensor of {}", x.rows))?;
+            need("moe_route", rows <= x.rows, || {
+                format!("{rows} rows of a tensor of {}", x.rows)
+            })?;
             let (from, norm, eps) = match x.value.get() {
                 Value::Normed(norm) => (norm.x, norm.weight, norm.eps),
                 _ => {
@@ -220,6 +222,7 @@ impl CudaBackend {
         Ok(())
     }
 
+    #[expect(clippy::too_many_arguments, reason = "the operands of the table")]
     pub(super) fn experts(
         &mut self,
         x: &CudaTensor,
