@@ -46,8 +46,10 @@ pub struct RenderRequest {
     pub continue_final_message: bool,
     pub template_kwargs: Map<String, Value>,
     pub chat_template: Option<String>,
-    /// Templates write BOS themselves, so chats leave this off.
+    /// Beside those that the template writes; templates write BOS themselves.
     pub add_special_tokens: bool,
+    /// The prompt may be longer than the context.
+    pub will_be_cut: bool,
 }
 
 /// A conversation as a prompt.
@@ -140,7 +142,10 @@ impl ChatEngine {
             continue_final_message: request.continue_final_message,
             kwargs: request.template_kwargs,
         })?;
-        let token_ids = self.shared.text.encode_prompt(&text, request.add_special_tokens)?;
+        let token_ids = match request.will_be_cut {
+            true => self.shared.text.encode(&text, request.add_special_tokens)?,
+            false => self.shared.text.encode_prompt(&text, request.add_special_tokens)?,
+        };
         Ok(RenderedChat {
             text,
             token_ids: token_ids.into(),
@@ -169,7 +174,8 @@ impl ChatEngine {
                 continue_final_message: request.continue_final_message,
                 template_kwargs,
                 chat_template: request.chat_template,
-                add_special_tokens: false,
+                add_special_tokens: request.add_special_tokens,
+                will_be_cut: request.truncation.is_some(),
             })
             .await?;
         if let Some(truncation) = request.truncation {
@@ -212,7 +218,7 @@ mod tests {
     use crate::engine::scripted::{ScriptedExecutor, capacity, engine};
     use crate::step::SamplingParams;
     use crate::text::tokenizer::testing::{text_file, tokenizer};
-    use crate::text::{GenerateRequest, TextLimits};
+    use crate::text::{GenerateExtensions, GenerateRequest, TextLimits};
 
     /// tiny-moe's tokenizer, the 8B template, every parser it asks for; says `reply`.
     fn saying(reply: &str) -> ChatEngine {
@@ -247,6 +253,7 @@ mod tests {
             parallel_tool_calls: true,
             add_generation_prompt: true,
             continue_final_message: false,
+            add_special_tokens: false,
             documents: vec![],
             template_kwargs: Map::new(),
             chat_template: None,
@@ -270,6 +277,7 @@ mod tests {
                 spaces_between_special_tokens: true,
                 priority: 0,
                 cache_salt: None,
+                extensions: GenerateExtensions::default(),
             },
         }
     }

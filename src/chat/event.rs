@@ -1,5 +1,6 @@
 //! What an assistant's turn is made of: events as they come, and the choice they add up to.
 
+use crate::engine::SequenceTiming;
 use crate::parsers::{AssistantDelta, ToolBlock, ToolCall};
 use crate::step::TokenId;
 use crate::text::{TextDelta, TextFinish, TextLogprobs};
@@ -107,6 +108,7 @@ pub enum FinishReason {
     Stop,
     Length,
     ToolCalls,
+    Repetition,
     Abort,
 }
 
@@ -115,6 +117,7 @@ pub enum FinishReason {
 pub enum StopReason {
     Token(TokenId),
     Text(String),
+    RepetitionDetected,
 }
 
 impl ChatFinish {
@@ -130,6 +133,7 @@ impl ChatFinish {
             TextFinish::StopToken(id) => (stopped, Some(StopReason::Token(*id))),
             TextFinish::StopString(text) => (stopped, Some(StopReason::Text(text.clone()))),
             TextFinish::Length => (FinishReason::Length, None),
+            TextFinish::Repetition => (FinishReason::Repetition, Some(StopReason::RepetitionDetected)),
             TextFinish::Abort => (FinishReason::Abort, None),
         };
         ChatFinish { reason, stop }
@@ -143,6 +147,7 @@ impl FinishReason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",
             FinishReason::ToolCalls => "tool_calls",
+            FinishReason::Repetition => "repetition",
             FinishReason::Abort => "abort",
         }
     }
@@ -166,6 +171,7 @@ pub struct ChatChoice {
     pub num_cached_tokens: usize,
     /// Part of `token_ids`, markers excluded.
     pub reasoning_tokens: usize,
+    pub timing: Option<SequenceTiming>,
 }
 
 /// Adds up the events of one choice.
@@ -196,6 +202,7 @@ impl Collector {
         self.delta.logprobs.extend(delta.logprobs);
         self.delta.prompt_logprobs = self.delta.prompt_logprobs.take().or(delta.prompt_logprobs);
         self.delta.num_cached_tokens = self.delta.num_cached_tokens.max(delta.num_cached_tokens);
+        self.delta.timing = delta.timing.or(self.delta.timing);
         self.finish = delta.finish.or(self.finish.take());
     }
 
@@ -257,6 +264,7 @@ impl Collector {
             prompt_logprobs: self.delta.prompt_logprobs,
             num_cached_tokens: self.delta.num_cached_tokens,
             reasoning_tokens: self.reasoning_tokens,
+            timing: self.delta.timing,
         })
     }
 }

@@ -29,6 +29,8 @@ pub struct ChatRequest {
     pub parallel_tool_calls: bool,
     pub add_generation_prompt: bool,
     pub continue_final_message: bool,
+    /// Beside those that the template writes; templates write BOS themselves.
+    pub add_special_tokens: bool,
     pub documents: Vec<Value>,
     /// The request's, already merged over `--default-chat-template-kwargs`.
     pub template_kwargs: Map<String, Value>,

@@ -44,7 +44,9 @@ impl ChoiceParsers {
     pub fn event(&mut self, delta: TextDelta) -> ChatEvent {
         let choice = &mut self.choices[delta.index as usize];
         let sampled = match (&delta.finish, delta.token_ids.split_last()) {
-            (Some(TextFinish::Eos | TextFinish::StopToken(_)), Some((_stopping, sampled))) => sampled,
+            (Some(TextFinish::Eos), Some((_stopping, sampled))) => sampled,
+            // A beam's tokens may leave it out.
+            (Some(TextFinish::StopToken(id)), Some((stopping, sampled))) if id == stopping => sampled,
             _ => &delta.token_ids,
         };
         let mut parts = choice.parser.push(&delta.text, sampled);

@@ -62,12 +62,14 @@ pub struct FrontendArgs {
     pub chat_template: Option<String>,
     pub trust_request_chat_template: bool,
     pub default_chat_template_kwargs: Option<Map<String, Value>>,
+    pub reasoning_effort_map: Option<Map<String, Value>>,
     pub response_role: String,
     pub return_tokens_as_token_ids: bool,
     pub enable_auto_tool_choice: bool,
     pub exclude_tools_when_tool_choice_none: bool,
     pub tool_call_parser: Option<String>,
     pub enable_prompt_tokens_details: bool,
+    pub enable_per_request_metrics: bool,
     pub enable_force_include_usage: bool,
     pub sse_keep_alive_interval: i64,
     pub fingerprint_mode: FingerprintMode,
@@ -156,6 +158,7 @@ pub struct SchedulerArgs {
     pub long_prefill_token_threshold: i64,
     pub scheduling_policy: String,
     pub enable_chunked_prefill: Option<bool>,
+    pub stream_interval: i64,
 }
 
 #[derive(Clone, Debug, Deserialize)]

@@ -15,6 +15,7 @@ pub mod logging;
 pub mod resolve;
 mod routes;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use serde_json::{Map, Value};
@@ -187,6 +188,8 @@ pub struct ChatConfig {
     /// `--chat-template` or the checkpoint's.
     pub template: Option<String>,
     pub template_kwargs: Map<String, Value>,
+    /// `reasoning_effort` of a request to what is meant by it; others stay as they are.
+    pub reasoning_effort_map: HashMap<String, String>,
     pub trust_request_template: bool,
     /// Of `parsers::reasoning::REGISTRY`.
     pub reasoning_parser: ParserChoice,
@@ -224,6 +227,10 @@ pub struct ServerConfig {
     pub prompt_tokens_details: bool,
     pub force_include_usage: bool,
     pub return_tokens_as_token_ids: bool,
+    /// Tokens that a streamed chunk gathers at least; 1 = every token is sent.
+    pub stream_interval: usize,
+    /// Responses tell where the request's time went.
+    pub per_request_metrics: bool,
     pub access_log: bool,
     /// Paths that the access log leaves out.
     pub access_log_excluded_paths: Vec<String>,

@@ -1,5 +1,7 @@
 //! From what was typed to what it means, once: flags, environment, the checkpoint's files and the machine.
 
+use std::collections::HashMap;
+
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
@@ -296,6 +298,7 @@ fn chat(args: &ServeArgs, tokenizer_files: &ModelFiles) -> Result<ChatConfig, Co
             None => checkpoint::chat_template(tokenizer_files)?,
         },
         template_kwargs: flags.default_chat_template_kwargs.clone().unwrap_or_default(),
+        reasoning_effort_map: reasoning_effort_map(flags.reasoning_effort_map.as_ref())?,
         trust_request_template: flags.trust_request_chat_template,
         reasoning_parser: parser(Some(&args.structured_outputs.reasoning_parser)),
         tool_parser: parser(flags.tool_call_parser.as_deref()),
@@ -303,6 +306,26 @@ fn chat(args: &ServeArgs, tokenizer_files: &ModelFiles) -> Result<ChatConfig, Co
         exclude_tools_when_none: flags.exclude_tools_when_tool_choice_none,
         response_role: flags.response_role.clone(),
     })
+}
+
+/// The values of a request's `reasoning_effort`.
+const REASONING_EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
+
+fn reasoning_effort_map(given: Option<&Map<String, Value>>) -> Result<HashMap<String, String>, ConfigError> {
+    let error = |message: String| ConfigError::new("--reasoning-effort-map", message);
+    given
+        .into_iter()
+        .flatten()
+        .map(|(from, to)| {
+            if !REASONING_EFFORTS.contains(&from.as_str()) {
+                return Err(error(format!("'{from}' is none of {}", REASONING_EFFORTS.join(", "))));
+            }
+            match to {
+                Value::String(to) => Ok((from.clone(), to.clone())),
+                other => Err(error(format!("{other}, the value of '{from}', is no string"))),
+            }
+        })
+        .collect()
 }
 
 fn server(args: &ServeArgs, env: &Environment, fingerprint: Option<String>) -> Result<ServerConfig, ConfigError> {
@@ -329,6 +352,8 @@ fn server(args: &ServeArgs, env: &Environment, fingerprint: Option<String>) -> R
         allow_credentials: flags.allow_credentials,
         enable_request_id_headers: flags.enable_request_id_headers,
         prompt_tokens_details: flags.enable_prompt_tokens_details,
+        per_request_metrics: flags.enable_per_request_metrics,
+        stream_interval: positive("--stream-interval", args.scheduler.stream_interval)?,
         force_include_usage: flags.enable_force_include_usage,
         return_tokens_as_token_ids: flags.return_tokens_as_token_ids,
         access_log: !flags.disable_uvicorn_access_log

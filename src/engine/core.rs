@@ -7,7 +7,7 @@ use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use tokio::sync::{oneshot, watch};
@@ -15,7 +15,7 @@ use tokio::sync::{oneshot, watch};
 use super::handle::{Exit, Shared};
 use super::scheduler::{NewSequence, PlannedRow, PlannedStep, Progress, Scheduler, SequenceId};
 use super::stream::SequenceSink;
-use super::{EngineError, EngineStats, FinishReason, PauseMode, SequenceEvent};
+use super::{EngineError, EngineStats, FinishReason, PauseMode, SequenceEvent, SequenceTiming};
 use crate::metrics::{EngineMetrics, FinishedRequest};
 use crate::step::{Executor, ExecutorError, Ticket};
 
@@ -387,6 +387,7 @@ impl Core {
                 tokens: vec![progress.token],
                 prompt_logprobs: progress.prompt_logprobs,
                 num_cached_tokens: progress.num_cached_tokens,
+                timing: progress.finish.as_ref().map(|_| client.timing()),
                 finish: progress.finish,
             };
             // The metrics come first: who has read the last event finds the request in them.
@@ -445,6 +446,18 @@ impl Client {
         self.last_token = Some(now);
     }
 
+    fn timing(&self) -> SequenceTiming {
+        let between = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
+            (Some(from), Some(to)) => to.saturating_duration_since(from),
+            _ => Duration::ZERO,
+        };
+        SequenceTiming {
+            queue: between(Some(self.arrival), self.admitted),
+            prefill: between(self.admitted, self.first_token),
+            decode: between(self.first_token, self.last_token),
+        }
+    }
+
     /// A client that goes before its sequence was admitted gives its place in the queue back.
     fn leave_queue(&self, shared: &Shared) {
         if self.admitted.is_none() {
@@ -495,6 +508,7 @@ fn finished_reason(finish: &FinishReason) -> &'static str {
     match finish {
         FinishReason::Stop(_) => "stop",
         FinishReason::Length => "length",
+        FinishReason::Repetition => "repetition",
         FinishReason::Abort => "abort",
     }
 }

@@ -160,6 +160,14 @@ impl EngineHandle {
         &self.shared.capacity
     }
 
+    /// How many tokens of a prompt of this length the prefix cache can hold: whole blocks.
+    pub fn num_cacheable_tokens(&self, prompt_tokens: usize) -> usize {
+        match self.shared.config.prefix_caching {
+            true => prompt_tokens - prompt_tokens % self.shared.capacity.block_size.max(1),
+            false => 0,
+        }
+    }
+
     pub fn health(&self) -> Health {
         if let Some(exit) = self.exit.borrow().clone() {
             return Health::Stopped(exit);

@@ -6,6 +6,7 @@
 pub mod cache;
 mod core;
 mod handle;
+mod repetition;
 pub mod scheduler;
 pub mod scripted;
 mod sequence;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use handle::{EngineHandle, Exit, Health};
+pub use repetition::RepetitionDetection;
 pub use stream::SequenceStream;
 
 use crate::config::SchedulerConfig;
@@ -104,6 +106,8 @@ pub struct StopConditions {
     pub eos: Option<TokenId>,
     /// Further ids that stop (the generation config's other EOS ids, the request's `stop_token_ids`).
     pub stop_token_ids: Vec<TokenId>,
+    /// Ends an output that repeats itself; looked at last, as in vLLM.
+    pub repetition: Option<RepetitionDetection>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +115,8 @@ pub enum FinishReason {
     /// EOS (`None`) or one of `stop_token_ids`.
     Stop(Option<TokenId>),
     Length,
+    /// [`StopConditions::repetition`] fired.
+    Repetition,
     /// Ended by the server (drain), not by the client.
     Abort,
 }
@@ -124,6 +130,19 @@ pub struct SequenceEvent {
     /// Prompt tokens served from the prefix cache; valid from the first event on.
     pub num_cached_tokens: usize,
     pub finish: Option<FinishReason>,
+    /// With the finish of a sequence that got a token.
+    pub timing: Option<SequenceTiming>,
+}
+
+/// Where a sequence's time went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SequenceTiming {
+    /// From its arrival to its first step.
+    pub queue: Duration,
+    /// From its first step to its first token.
+    pub prefill: Duration,
+    /// From its first token to its last.
+    pub decode: Duration,
 }
 
 /// Whose fault it is decides the HTTP status; the server alone knows which.

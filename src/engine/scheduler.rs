@@ -221,9 +221,8 @@ impl Scheduler {
                 sequence.add_prompt_logprobs(row.computed_start, out.prompt_logprobs);
             }
             let Some(token) = out.sampled else { continue };
-            sequence.tokens.push(token.id);
+            let finish = sequence.push(token.id);
             let first = sequence.output().len() == 1;
-            let finish = sequence.finish();
             progress.push(Progress {
                 id: row.id,
                 token,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::cache::{BlockHash, BlockTable};
+use super::repetition::RepetitionTracker;
 use super::{FinishReason, StopConditions};
 use crate::step::{SamplingParams, SlotId, TokenId, TokenLogprobs};
 
@@ -67,6 +68,7 @@ pub(super) struct Sequence {
     pub num_cached_tokens: Option<usize>,
     /// One entry per prompt token after the first, as far as computed; taken by the first event.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    repetition: Option<RepetitionTracker>,
 }
 
 impl Sequence {
@@ -77,6 +79,7 @@ impl Sequence {
             tokens: new.prompt.to_vec(),
             prompt: new.prompt,
             sampling: new.sampling,
+            repetition: new.stop.repetition.map(RepetitionTracker::new),
             stop: new.stop,
             read_prefix_cache: new.read_prefix_cache,
             root: new.root,
@@ -122,19 +125,31 @@ impl Sequence {
         }
     }
 
+    /// Takes a sampled token; why the sequence ends with it, if it does.
+    pub fn push(&mut self, id: TokenId) -> Option<FinishReason> {
+        self.tokens.push(id);
+        if let Some(repetition) = &mut self.repetition {
+            repetition.note(&self.tokens[self.prompt.len()..]);
+        }
+        self.finish()
+    }
+
     /// Why the sequence ends with its last token, if it does. EOS and stop ids come before the length, as in vLLM.
-    pub fn finish(&self) -> Option<FinishReason> {
+    fn finish(&self) -> Option<FinishReason> {
         let output = self.output();
         let &last = output.last()?;
-        if output.len() >= self.stop.min_tokens as usize {
-            if self.stop.eos == Some(last) {
-                return Some(FinishReason::Stop(None));
-            }
-            if self.stop.stop_token_ids.contains(&last) {
-                return Some(FinishReason::Stop(Some(last)));
-            }
+        let may_stop = output.len() >= self.stop.min_tokens as usize;
+        if may_stop && self.stop.eos == Some(last) {
+            return Some(FinishReason::Stop(None));
         }
-        (output.len() >= self.stop.max_tokens as usize).then_some(FinishReason::Length)
+        if may_stop && self.stop.stop_token_ids.contains(&last) {
+            return Some(FinishReason::Stop(Some(last)));
+        }
+        if output.len() >= self.stop.max_tokens as usize {
+            return Some(FinishReason::Length);
+        }
+        let repeats = self.repetition.as_ref().is_some_and(RepetitionTracker::found);
+        (may_stop && repeats).then_some(FinishReason::Repetition)
     }
 
     /// Takes over the prompt logprobs of a row that computed (not replayed) the tokens from `computed_start` on. A resumed
@@ -151,6 +166,7 @@ impl Sequence {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::RepetitionDetection;
 
     fn sequence(output: &[TokenId], stop: StopConditions) -> Sequence {
         let mut sequence = Sequence::new(NewSequence {
@@ -174,6 +190,7 @@ mod tests {
             min_tokens: 0,
             eos: Some(7),
             stop_token_ids: vec![7, 8],
+            repetition: None,
         };
         assert_eq!(sequence(&[7], stop.clone()).finish(), Some(FinishReason::Stop(None)));
         assert_eq!(
@@ -196,10 +213,36 @@ mod tests {
             min_tokens: 3,
             eos: Some(7),
             stop_token_ids: vec![8],
+            repetition: None,
         };
         assert_eq!(sequence(&[7], stop.clone()).finish(), None);
         assert_eq!(sequence(&[7, 8], stop.clone()).finish(), None);
         assert_eq!(sequence(&[7, 8, 8], stop).finish(), Some(FinishReason::Stop(Some(8))));
+    }
+
+    #[test]
+    fn a_repetition_ends_the_sequence_last_of_all() {
+        let stop = StopConditions {
+            max_tokens: 9,
+            min_tokens: 5,
+            eos: Some(7),
+            stop_token_ids: vec![],
+            repetition: Some(RepetitionDetection {
+                min_pattern_size: 1,
+                max_pattern_size: 1,
+                min_count: 3,
+            }),
+        };
+        let finishes = |stop: &StopConditions, output: &[TokenId]| {
+            let mut sequence = sequence(&[], stop.clone());
+            output
+                .iter()
+                .find_map(|&id| Some((sequence.push(id)?, sequence.output().len())))
+        };
+        assert_eq!(finishes(&stop, &[4; 9]), Some((FinishReason::Repetition, 5)));
+        assert_eq!(finishes(&stop, &[4, 4, 4, 4, 7]), Some((FinishReason::Stop(None), 5)));
+        let short = StopConditions { max_tokens: 5, ..stop };
+        assert_eq!(finishes(&short, &[4; 9]), Some((FinishReason::Length, 5)));
     }
 
     #[test]

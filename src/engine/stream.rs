@@ -167,5 +167,6 @@ impl SequenceEvent {
         self.prompt_logprobs = self.prompt_logprobs.take().or(later.prompt_logprobs);
         self.num_cached_tokens = later.num_cached_tokens;
         self.finish = later.finish;
+        self.timing = later.timing;
     }
 }

@@ -98,7 +98,8 @@ impl Field for i64 {
                         "Input should be a valid integer, got a number with a fractional part",
                     ));
                 }
-                if !(-INT64_END..INT64_END).contains(&value) {
+                // The lowest integer itself never comes as a float; one below it does, rounded to it.
+                if !(value > -INT64_END && value < INT64_END) {
                     return Err(E::custom("Input should be a valid integer of 64 bits"));
                 }
                 Ok(value as i64)

@@ -8,6 +8,7 @@ pub mod body;
 pub mod cors;
 pub mod error;
 pub mod field;
+pub mod fields;
 pub mod ids;
 pub mod listen;
 pub mod load;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use futures_util::stream::{SelectAll, Stream, StreamExt};
+use futures_util::stream::{BoxStream, SelectAll, Stream, StreamExt};
 
 use super::detokenizer::Detokenizer;
 use super::logprobs::text_logprobs;
@@ -80,6 +80,25 @@ impl TextEngine {
     /// # Errors
     /// `input_text`: more characters than could ever fit the context.
     pub fn encode_prompt(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, TextError> {
+        self.check_chars(text)?;
+        self.encode(text, add_special_tokens)
+    }
+
+    /// The ids of a text that may be longer than the context: a prompt that will be cut.
+    ///
+    /// # Errors
+    /// `input_text`: more than the tokenizer takes.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, TextError> {
+        self.shared
+            .tokenizer
+            .encode(text, add_special_tokens)
+            .map_err(|error| match error {
+                TokenizerError::TooLong { bytes } => TextError::parameter("input_text", bytes, error),
+                error => TextError::invalid(error.to_string()),
+            })
+    }
+
+    fn check_chars(&self, text: &str) -> Result<(), TextError> {
         let max_len = self.shared.limits.max_model_len;
         let max_chars = max_len.saturating_mul(self.shared.tokenizer.max_chars_per_token());
         // Bytes bound characters, so the count is only made for texts that may be too long.
@@ -96,13 +115,7 @@ impl TextEngine {
                 ));
             }
         }
-        self.shared
-            .tokenizer
-            .encode(text, add_special_tokens)
-            .map_err(|error| match error {
-                TokenizerError::TooLong { bytes } => TextError::parameter("input_text", bytes, error),
-                error => TextError::invalid(error.to_string()),
-            })
+        Ok(())
     }
 
     /// Output tokens that a prompt of this length leaves room for.
@@ -161,6 +174,11 @@ impl TextEngine {
         if request.n == 0 {
             return Err(TextError::invalid("n must be at least 1, got 0."));
         }
+        if let Some(search) = request.extensions.beam_search {
+            return Ok(TextStream(Source::Beams(super::beam::search(
+                self, request, search, max_tokens,
+            )?)));
+        }
         let limits = &self.shared.limits;
         let eos = limits.eos.filter(|_| !request.ignore_eos);
         let mut stop_token_ids = request.stop_token_ids.clone();
@@ -197,6 +215,7 @@ impl TextEngine {
                     min_tokens: request.min_tokens,
                     eos,
                     stop_token_ids: stop_token_ids.clone(),
+                    repetition: request.extensions.repetition_detection,
                 },
                 priority: request.priority,
                 cache_salt: request.cache_salt.clone(),
@@ -205,6 +224,9 @@ impl TextEngine {
             })?;
             choices.push(Choice {
                 events: Some(events),
+                interval: request.extensions.stream_interval,
+                begun: false,
+                gathered: None,
                 writer: ChoiceWriter {
                     index,
                     tokenizer: self.shared.tokenizer.clone(),
@@ -216,26 +238,33 @@ impl TextEngine {
                 },
             });
         }
-        Ok(TextStream { choices })
+        Ok(TextStream(Source::Choices(choices)))
     }
 }
 
 /// Deltas of all choices, interleaved. A choice's last delta has a `finish`; an error ends the stream.
-#[derive(Debug)]
-pub struct TextStream {
-    choices: SelectAll<Choice>,
+pub struct TextStream(Source);
+
+enum Source {
+    Choices(SelectAll<Choice>),
+    Beams(BoxStream<'static, Result<TextDelta, TextError>>),
 }
 
 impl Stream for TextStream {
     type Item = Result<TextDelta, TextError>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let item = self.choices.poll_next_unpin(context);
-        if let Poll::Ready(Some(Err(_))) = item {
-            // One failed choice fails the request; the others are aborted.
-            self.choices.clear();
+        match &mut self.0 {
+            Source::Choices(choices) => {
+                let item = choices.poll_next_unpin(context);
+                if let Poll::Ready(Some(Err(_))) = item {
+                    // One failed choice fails the request; the others are aborted.
+                    choices.clear();
+                }
+                item
+            }
+            Source::Beams(beams) => beams.poll_next_unpin(context),
         }
-        item
     }
 }
 
@@ -257,13 +286,7 @@ where
                 ..TextDelta::default()
             });
         }
-        let whole = &mut choices[index];
-        whole.text.push_str(&delta.text);
-        whole.token_ids.extend(delta.token_ids);
-        whole.logprobs.extend(delta.logprobs);
-        whole.prompt_logprobs = whole.prompt_logprobs.take().or(delta.prompt_logprobs);
-        whole.num_cached_tokens = delta.num_cached_tokens;
-        whole.finish = delta.finish.or(whole.finish.take());
+        choices[index].extend(delta);
     }
     Ok(choices)
 }
@@ -274,30 +297,48 @@ struct Choice {
     /// None after the end; dropping it stops the engine's sequence.
     events: Option<SequenceStream>,
     writer: ChoiceWriter,
+    /// Tokens that a delta gathers.
+    interval: usize,
+    /// The first delta is out.
+    begun: bool,
+    gathered: Option<TextDelta>,
 }
 
 impl Stream for Choice {
     type Item = Result<TextDelta, TextError>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let Some(events) = &mut self.events else {
-            return Poll::Ready(None);
-        };
-        let delta = match std::task::ready!(events.poll_next_unpin(context)) {
-            Some(Ok(event)) => self.writer.write(event),
-            Some(Err(error)) => {
-                self.events = None;
-                return Poll::Ready(Some(Err(error.into())));
-            }
-            None => {
-                self.events = None;
+        loop {
+            let Some(events) = &mut self.events else {
                 return Poll::Ready(None);
+            };
+            let new = match std::task::ready!(events.poll_next_unpin(context)) {
+                Some(Ok(event)) => self.writer.write(event),
+                Some(Err(error)) => {
+                    self.events = None;
+                    return Poll::Ready(Some(Err(error.into())));
+                }
+                None => {
+                    self.events = None;
+                    return Poll::Ready(None);
+                }
+            };
+            let delta = match self.gathered.take() {
+                Some(mut delta) => {
+                    delta.extend(new);
+                    delta
+                }
+                None => new,
+            };
+            if delta.finish.is_some() {
+                self.events = None;
+            } else if self.begun && delta.token_ids.len() < self.interval {
+                self.gathered = Some(delta);
+                continue;
             }
-        };
-        if delta.finish.is_some() {
-            self.events = None;
+            self.begun = true;
+            return Poll::Ready(Some(Ok(delta)));
         }
-        Poll::Ready(Some(Ok(delta)))
     }
 }
 
@@ -320,6 +361,7 @@ impl ChoiceWriter {
         let mut delta = TextDelta {
             index: self.index,
             num_cached_tokens: event.num_cached_tokens,
+            timing: event.timing,
             prompt_logprobs: event.prompt_logprobs.map(|logprobs| {
                 logprobs
                     .iter()
@@ -358,6 +400,7 @@ impl ChoiceWriter {
                     FinishReason::Stop(None) => TextFinish::Eos,
                     FinishReason::Stop(Some(id)) => TextFinish::StopToken(id),
                     FinishReason::Length => TextFinish::Length,
+                    FinishReason::Repetition => TextFinish::Repetition,
                     FinishReason::Abort => TextFinish::Abort,
                 }
             }),

@@ -2,6 +2,7 @@
 //!
 //! [`TextEngine`] turns a [`GenerateRequest`] into engine requests and their tokens into [`TextDelta`]s.
 
+mod beam;
 pub mod detokenizer;
 pub mod generate;
 pub mod logprobs;
@@ -13,7 +14,7 @@ mod truncation;
 use std::fmt::Display;
 use std::sync::Arc;
 
-use crate::engine::EngineError;
+use crate::engine::{EngineError, RepetitionDetection, SequenceTiming};
 use crate::step::{SamplingParams, TokenId};
 
 pub use generate::{TextEngine, TextLimits, TextStream, collect};
@@ -42,6 +43,24 @@ pub struct GenerateRequest {
     pub spaces_between_special_tokens: bool,
     pub priority: i64,
     pub cache_salt: Option<String>,
+    pub extensions: GenerateExtensions,
+}
+
+/// What most requests leave alone.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerateExtensions {
+    /// Tokens that a delta gathers, except a choice's first and last; 0 and 1 = as they come.
+    pub stream_interval: usize,
+    pub repetition_detection: Option<RepetitionDetection>,
+    /// The choices are the `n` best beams of a search, not samples.
+    pub beam_search: Option<BeamSearch>,
+}
+
+/// Beam search; its width is the request's `n`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BeamSearch {
+    /// Beams are ranked by log-probability over length to this power. Finite.
+    pub length_penalty: f64,
 }
 
 /// New text of one choice. The concatenation of `text` over a choice's deltas is its whole text.
@@ -60,6 +79,21 @@ pub struct TextDelta {
     /// Prompt tokens that came from the prefix cache.
     pub num_cached_tokens: usize,
     pub finish: Option<TextFinish>,
+    /// With the finish, unless no token came.
+    pub timing: Option<SequenceTiming>,
+}
+
+impl TextDelta {
+    /// Appends a later delta of the same choice.
+    pub fn extend(&mut self, later: TextDelta) {
+        self.text.push_str(&later.text);
+        self.token_ids.extend(later.token_ids);
+        self.logprobs.extend(later.logprobs);
+        self.prompt_logprobs = self.prompt_logprobs.take().or(later.prompt_logprobs);
+        self.num_cached_tokens = later.num_cached_tokens;
+        self.finish = later.finish.or(self.finish.take());
+        self.timing = later.timing.or(self.timing);
+    }
 }
 
 /// A token's log-probability with its text.
@@ -88,6 +122,8 @@ pub enum TextFinish {
     /// A stop string of the request.
     StopString(String),
     Length,
+    /// The request's `repetition_detection` fired.
+    Repetition,
     Abort,
 }
 

@@ -44,6 +44,8 @@ pub struct SamplingOptions {
     /// Alternatives per token; -1 = the whole vocabulary.
     pub logprobs: Option<i64>,
     pub prompt_logprobs: Option<i64>,
+    /// `n` is the width of a beam search, not a number of samples.
+    pub beam_search: bool,
 }
 
 /// What the model and the server allow.
@@ -127,7 +129,9 @@ pub fn resolve_sampling(options: SamplingOptions, rules: &SamplingRules<'_>) -> 
         2.0,
     )?;
     let greedy = temperature < GREEDY_TEMPERATURE;
-    if greedy && n > 1 {
+    if options.beam_search {
+        check_beam_width(n, rules)?;
+    } else if greedy && n > 1 {
         return Err(TextError::invalid(format!(
             "n must be 1 when using greedy sampling, got {n}."
         )));
@@ -217,6 +221,26 @@ pub fn resolve_sampling(options: SamplingOptions, rules: &SamplingRules<'_>) -> 
         stop_token_ids,
         stop: options.stop,
     })
+}
+
+/// A search looks at twice its width of alternatives per token, which `--max-logprobs` bounds as it does for clients.
+fn check_beam_width(n: i64, rules: &SamplingRules<'_>) -> Result<(), TextError> {
+    let max = if rules.max_logprobs < 0 {
+        rules.vocab_size as i64
+    } else {
+        rules.max_logprobs
+    };
+    if 2 * n <= max {
+        return Ok(());
+    }
+    Err(TextError::parameter(
+        "n",
+        n,
+        format!(
+            "use_beam_search with n={n} needs {} logprobs, the server allows {max} (--max-logprobs)",
+            2 * n
+        ),
+    ))
 }
 
 fn pick(request: Option<f64>, default: Option<f32>, neutral: f32) -> f32 {

@@ -112,7 +112,7 @@ impl Harness {
                 max_tokens: spec.max_tokens,
                 min_tokens: spec.min_tokens,
                 eos: spec.stops.then_some(EOS),
-                stop_token_ids: Vec::new(),
+                ..StopConditions::default()
             },
             read_prefix_cache: spec.read_prefix_cache && !spec.prompt_logprobs,
             root: self.scheduler.hasher.root(spec.salt),

@@ -6,10 +6,13 @@ use axum::http::HeaderMap;
 
 use super::reply::Head;
 use super::types::SamplingFields;
+use super::validate::repetition_detection;
 use crate::server::error::ApiError;
 use crate::server::{App, ids};
 use crate::step::TokenId;
-use crate::text::{GenerateRequest, ResolvedSampling, SamplingOptions, SamplingRules, resolve_sampling};
+use crate::text::{
+    BeamSearch, GenerateExtensions, GenerateRequest, ResolvedSampling, SamplingOptions, SamplingRules, resolve_sampling,
+};
 
 const PRIORITY: &str = "x-vllm-priority";
 
@@ -60,6 +63,7 @@ pub fn resolve(fields: &SamplingFields, endpoint: EndpointSampling, app: &App) -
         bad_words: fields.bad_words.clone().unwrap_or_default(),
         logprobs: endpoint.logprobs,
         prompt_logprobs: endpoint.prompt_logprobs,
+        beam_search: fields.use_beam_search.unwrap_or(false),
     };
     let model = &app.model;
     let rules = SamplingRules {
@@ -78,7 +82,7 @@ pub fn resolve(fields: &SamplingFields, endpoint: EndpointSampling, app: &App) -
 #[derive(Clone, Debug)]
 pub struct RequestContext {
     pub head: Head,
-    /// `X-Vllm-Priority`, which beats the body's.
+    /// `X-Vllm-Priority`, which beats the body's; as in vLLM, one that is no integer counts as absent.
     pub priority: Option<i64>,
 }
 
@@ -86,7 +90,7 @@ impl RequestContext {
     /// `prefix` stands before the response's id.
     ///
     /// # Errors
-    /// 404 for a model that is not served, 400 for a priority that is no number.
+    /// 404 for a model that is not served.
     pub fn new(
         prefix: &str,
         model: Option<&str>,
@@ -96,16 +100,9 @@ impl RequestContext {
     ) -> Result<Self, ApiError> {
         let model = app.model_name(model)?;
         let id = ids::of_request(headers, fields.request_id.as_deref());
-        let priority = match headers.get(PRIORITY) {
-            None => None,
-            Some(value) => Some(
-                value
-                    .to_str()
-                    .ok()
-                    .and_then(|value| value.trim().parse().ok())
-                    .ok_or_else(|| ApiError::invalid(PRIORITY, "the header must be an integer"))?,
-            ),
-        };
+        let priority = headers
+            .get(PRIORITY)
+            .and_then(|value| value.to_str().ok()?.trim().parse().ok());
         Ok(Self {
             head: Head::new(format!("{prefix}{id}"), model, &app.config),
             priority,
@@ -137,5 +134,23 @@ pub fn generate_request(
         spaces_between_special_tokens: fields.spaces_between_special_tokens.unwrap_or(true),
         priority: context.priority.or(fields.priority).unwrap_or(0),
         cache_salt: fields.cache_salt.clone(),
+        extensions: extensions(fields, app),
+    }
+}
+
+/// For fields that passed `validate`.
+fn extensions(fields: &SamplingFields, app: &App) -> GenerateExtensions {
+    let asked = fields
+        .stream_interval
+        .and_then(|interval| usize::try_from(interval).ok());
+    GenerateExtensions {
+        stream_interval: match fields.stream {
+            Some(true) => asked.unwrap_or(1).max(app.config.stream_interval),
+            _ => 1,
+        },
+        repetition_detection: repetition_detection(fields).unwrap_or_default(),
+        beam_search: fields.use_beam_search.unwrap_or(false).then(|| BeamSearch {
+            length_penalty: fields.length_penalty.unwrap_or(1.0),
+        }),
     }
 }

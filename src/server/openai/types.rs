@@ -1,9 +1,10 @@
 //! What the OpenAI-style endpoints share: the sampling fields of their requests, usage, prompt logprobs.
 
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde::de::{Deserializer, Error};
+use serde_json::{Map, Value, json};
 
-use crate::server::field::{Choice, StringOrList, TokenMap, Words, request_body};
+use crate::server::field::{Choice, Field, StringOrList, TokenMap, Words, request_body};
 use crate::text::{TextLogprobs, TokenText};
 
 request_body! {
@@ -40,16 +41,88 @@ request_body! {
         pub return_token_ids: bool,
         pub return_tokens_as_token_ids: bool,
 
-        // Refused unless they ask for nothing.
         pub use_beam_search: bool,
+        pub length_penalty: f64,
+        pub repetition_detection: RepetitionFields,
+        pub stream_interval: i64,
+
+        // Refused unless they ask for nothing.
         pub watermarking: bool,
         pub return_weight_versions: bool,
-        pub return_token_offsets: bool,
         pub logprob_token_ids: Vec<i64>,
         pub response_format: Map<String, Value>,
         pub structured_outputs: Map<String, Value>,
-        pub repetition_detection: Map<String, Value>,
-        pub stream_interval: i64,
+        pub thinking_token_budget: Value,
+
+        // Without effect, here as on vLLM's generation endpoints: for proxies, connectors, plugins and render servers.
+        pub user: String,
+        pub session_id: String,
+        pub kv_transfer_params: Map<String, Value>,
+        pub ec_transfer_params: Map<String, Value>,
+        pub vllm_xargs: ExtraArgs,
+        pub routed_experts_prompt_start: i64,
+        pub return_token_offsets: bool,
+        pub mm_payload: Choice<MediaPayloads>,
+        pub return_mm_kwargs: bool,
+    }
+}
+
+request_body! {
+    pub struct RepetitionFields {
+        pub max_pattern_size: i64,
+        pub min_pattern_size: i64,
+        pub min_count: i64,
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MediaPayloads;
+impl Words for MediaPayloads {
+    const WORDS: &'static [&'static str] = &["tensors", "none"];
+}
+
+/// `vllm_xargs`: strings, numbers and lists of them, for plugins. There are none here, so only the shape is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExtraArgs;
+
+impl Field for ExtraArgs {
+    fn schema() -> Value {
+        json!({ "type": "object" })
+    }
+
+    fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let is_scalar = |value: &Value| value.is_string() || value.is_number();
+        let args = Map::<String, Value>::read(deserializer)?;
+        let fits = args.values().all(|value| match value {
+            Value::Array(items) => items.iter().all(is_scalar),
+            value => is_scalar(value),
+        });
+        if fits {
+            Ok(Self)
+        } else {
+            Err(D::Error::custom(
+                "Input should be a valid string, number or list of them",
+            ))
+        }
+    }
+}
+
+/// A JSON object whose values are strings.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StringMap(pub Map<String, Value>);
+
+impl Field for StringMap {
+    fn schema() -> Value {
+        json!({ "type": "object", "additionalProperties": { "type": "string" } })
+    }
+
+    fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let map = Map::<String, Value>::read(deserializer)?;
+        if map.values().all(Value::is_string) {
+            Ok(Self(map))
+        } else {
+            Err(D::Error::custom("Input should be a valid string"))
+        }
     }
 }
 
@@ -82,7 +155,7 @@ pub struct Usage {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PromptTokensDetails {
     pub cached_tokens: usize,
-    /// Prompt tokens that were computed and put into the prefix cache are not counted apart from the others.
+    /// Prompt tokens that were computed and can now be found in the prefix cache; completions do not say.
     pub created_cache_tokens: Option<usize>,
     pub multimodal_tokens: Option<Map<String, Value>>,
 }
@@ -107,6 +180,8 @@ pub struct StreamUsage {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct StreamPromptTokensDetails {
     pub cached_tokens: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub created_cache_tokens: Option<usize>,
 }
 
 impl StreamUsage {
@@ -130,6 +205,7 @@ impl From<Usage> for StreamUsage {
             completion_tokens: usage.completion_tokens,
             prompt_tokens_details: usage.prompt_tokens_details.map(|details| StreamPromptTokensDetails {
                 cached_tokens: details.cached_tokens,
+                created_cache_tokens: details.created_cache_tokens,
             }),
             completion_tokens_details: usage.completion_tokens_details,
         }

@@ -3,7 +3,9 @@
 use serde_json::{Map, Value};
 
 use super::types::SamplingFields;
+use crate::engine::RepetitionDetection;
 use crate::server::error::ApiError;
+use crate::server::fields;
 
 /// Most stop strings of a request.
 const MAX_STOP_STRINGS: usize = 4;
@@ -11,6 +13,9 @@ const MAX_BAD_WORDS: usize = 128;
 /// Above this a request is refused rather than queued n times. vLLM's limit is 16384.
 const MAX_N: i64 = 128;
 const MAX_CACHE_SALT_CHARS: usize = 128;
+/// vLLM detects nothing above its own bound; here it is an error.
+const MAX_PATTERN_SIZE: i64 = 4096;
+const MAX_PATTERN_COUNT: i64 = 1 << 20;
 
 /// # Errors
 /// 400 that names the field.
@@ -49,14 +54,79 @@ pub fn check_shared(fields: &SamplingFields) -> Result<(), ApiError> {
             format!("at most {MAX_BAD_WORDS} bad words are allowed"),
         ));
     }
-    if fields.truncate_prompt_tokens.is_some_and(|count| count < -1) {
-        return Err(ApiError::validation(
-            "greater_than_equal",
-            &["truncate_prompt_tokens".to_owned()],
-            "Input should be greater than or equal to -1",
+    check_lowest("truncate_prompt_tokens", fields.truncate_prompt_tokens, -1)?;
+    check_lowest("stream_interval", fields.stream_interval, 1)?;
+    check_lowest("routed_experts_prompt_start", fields.routed_experts_prompt_start, 0)?;
+    repetition_detection(fields)?;
+    check_beam_search(fields)?;
+    check_unsupported(fields)
+}
+
+fn check_lowest(field: &str, value: Option<i64>, lowest: i64) -> Result<(), ApiError> {
+    if value.is_none_or(|value| value >= lowest) {
+        return Ok(());
+    }
+    Err(ApiError::validation(
+        "greater_than_equal",
+        &[field.to_owned()],
+        &format!("Input should be greater than or equal to {lowest}"),
+    ))
+}
+
+/// What `repetition_detection` asks for; none where it is off.
+///
+/// # Errors
+/// 400: sizes or a count that make no sense.
+pub fn repetition_detection(fields: &SamplingFields) -> Result<Option<RepetitionDetection>, ApiError> {
+    let Some(asked) = &fields.repetition_detection else {
+        return Ok(None);
+    };
+    let max = asked.max_pattern_size.unwrap_or(0);
+    let min = asked.min_pattern_size.unwrap_or(0);
+    let count = asked.min_count.unwrap_or(0);
+    let invalid = |message: &str| Err(ApiError::invalid("repetition_detection", message));
+    if !(0..=max).contains(&min) {
+        return invalid(
+            "max_pattern_size and min_pattern_size must be at least 0, with min_pattern_size <= max_pattern_size",
+        );
+    }
+    if max == 0 {
+        return Ok(None);
+    }
+    if max > MAX_PATTERN_SIZE || count > MAX_PATTERN_COUNT {
+        return invalid(&format!(
+            "max_pattern_size must be at most {MAX_PATTERN_SIZE} and min_count at most {MAX_PATTERN_COUNT}"
         ));
     }
-    check_unsupported(fields)
+    if count < 2 {
+        return invalid("min_count must be at least 2; to detect nothing, set max_pattern_size to 0");
+    }
+    Ok(Some(RepetitionDetection {
+        min_pattern_size: min.max(1) as usize,
+        max_pattern_size: max as usize,
+        min_count: count as usize,
+    }))
+}
+
+fn check_beam_search(fields: &SamplingFields) -> Result<(), ApiError> {
+    if fields.length_penalty.is_some_and(|penalty| !penalty.is_finite()) {
+        return Err(ApiError::invalid(
+            "length_penalty",
+            "length_penalty must be a finite number",
+        ));
+    }
+    let constrained = fields.structured_outputs.is_some()
+        || fields
+            .response_format
+            .as_ref()
+            .is_some_and(|format| format.get("type").is_some_and(|kind| kind != "text"));
+    if fields.use_beam_search.unwrap_or(false) && constrained {
+        return Err(ApiError::invalid(
+            "use_beam_search",
+            "beam search cannot be constrained by response_format or structured_outputs",
+        ));
+    }
+    Ok(())
 }
 
 fn check_n(fields: &SamplingFields) -> Result<(), ApiError> {
@@ -86,21 +156,16 @@ fn check_cache_salt(salt: &str) -> Result<(), ApiError> {
 
 /// Fields that vLLM honours and this server does not yet.
 fn check_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
+    let thinking_budget = fields.thinking_token_budget.as_ref().map(|budget| *budget != -1);
     let flags = [
-        ("use_beam_search", fields.use_beam_search),
         ("watermarking", fields.watermarking),
         ("return_weight_versions", fields.return_weight_versions),
-        ("return_token_offsets", fields.return_token_offsets),
         ("logprob_token_ids", fields.logprob_token_ids.as_ref().map(|_| true)),
-        (
-            "repetition_detection",
-            fields.repetition_detection.as_ref().map(|_| true),
-        ),
-        ("stream_interval", fields.stream_interval.map(|interval| interval != 1)),
+        ("thinking_token_budget", thinking_budget),
         ("structured_outputs", fields.structured_outputs.as_ref().map(|_| true)),
     ];
     if let Some((name, _)) = flags.into_iter().find(|(_, asked)| *asked == Some(true)) {
-        return Err(ApiError::unsupported(name));
+        return Err(fields::refused(name));
     }
     fields.response_format.as_ref().map_or(Ok(()), check_response_format)
 }
@@ -115,7 +180,7 @@ fn check_response_format(format: &Map<String, Value>) -> Result<(), ApiError> {
                 "response_format",
                 "When response_format type is 'json_schema', the 'json_schema' field must be provided.",
             )),
-            "json_object" | "json_schema" | "structural_tag" => Err(ApiError::unsupported("response_format")),
+            "json_object" | "json_schema" | "structural_tag" => Err(fields::refused("response_format")),
             _ => Err(at_type(
                 "literal_error",
                 "Input should be 'text', 'json_object', 'json_schema' or 'structural_tag'",
@@ -149,7 +214,35 @@ mod tests {
             (r#"{"cache_salt":"a/b"}"#, "cache_salt"),
             (r#"{"stop":["a","b","c","d","e"]}"#, "body.stop"),
             (r#"{"truncate_prompt_tokens":-2}"#, "body.truncate_prompt_tokens"),
-            (r#"{"use_beam_search":true}"#, "use_beam_search"),
+            (r#"{"thinking_token_budget":5}"#, "thinking_token_budget"),
+            (r#"{"watermarking":true}"#, "watermarking"),
+            (r#"{"logprob_token_ids":[1]}"#, "logprob_token_ids"),
+            (r#"{"length_penalty":"inf"}"#, "length_penalty"),
+            (
+                r#"{"use_beam_search":true,"response_format":{"type":"json_object"}}"#,
+                "use_beam_search",
+            ),
+            (r#"{"stream_interval":0}"#, "body.stream_interval"),
+            (
+                r#"{"routed_experts_prompt_start":-1}"#,
+                "body.routed_experts_prompt_start",
+            ),
+            (
+                r#"{"repetition_detection":{"max_pattern_size":3}}"#,
+                "repetition_detection",
+            ),
+            (
+                r#"{"repetition_detection":{"max_pattern_size":2,"min_pattern_size":3,"min_count":2}}"#,
+                "repetition_detection",
+            ),
+            (
+                r#"{"repetition_detection":{"max_pattern_size":1000000,"min_count":2}}"#,
+                "repetition_detection",
+            ),
+            (
+                r#"{"repetition_detection":{"max_pattern_size":-1}}"#,
+                "repetition_detection",
+            ),
             (r#"{"structured_outputs":{"regex":"a"}}"#, "structured_outputs"),
             (r#"{"response_format":{"type":"json_object"}}"#, "response_format"),
             (r#"{"response_format":{"type":"json_schema"}}"#, "response_format"),
@@ -165,6 +258,7 @@ mod tests {
         for json in [
             "{}",
             r#"{"use_beam_search":false,"structured_outputs":null,"response_format":{"type":"text"},"stream_interval":1}"#,
+            r#"{"thinking_token_budget":-1,"repetition_detection":{},"use_beam_search":true,"watermarking":false}"#,
             r#"{"stream":true,"stream_options":{"include_usage":true},"prompt_logprobs":0,"n":128,"cache_salt":"x"}"#,
         ] {
             assert_eq!(check(json), Ok(()), "{json}");

@@ -1,7 +1,9 @@
 //! The HTTP surface in process: the router over the real chat and text layers, on a scripted engine.
 
+mod bad_input;
 mod chat;
 mod completions;
+mod fields;
 mod http;
 mod load;
 mod routes;
@@ -55,6 +57,7 @@ impl Default for Setup {
             chat: ChatConfig {
                 template: None,
                 template_kwargs: Map::new(),
+                reasoning_effort_map: Default::default(),
                 trust_request_template: false,
                 reasoning_parser: ParserChoice::Off,
                 tool_parser: ParserChoice::Off,
@@ -84,6 +87,8 @@ fn server_config() -> ServerConfig {
         prompt_tokens_details: false,
         force_include_usage: false,
         return_tokens_as_token_ids: false,
+        stream_interval: 1,
+        per_request_metrics: false,
         access_log: false,
         access_log_excluded_paths: Vec::new(),
         log_requests: false,

@@ -1,6 +1,10 @@
+use std::time::Duration;
+
 use super::*;
+use crate::engine::RepetitionDetection;
 use crate::engine::scripted::{ScriptControl, ScriptedExecutor, capacity, engine};
 use crate::step::SamplingParams;
+use crate::text::GenerateExtensions;
 use crate::text::tokenizer::testing::tokenizer;
 
 const EOS: TokenId = 7;
@@ -45,6 +49,7 @@ fn request() -> GenerateRequest {
         spaces_between_special_tokens: true,
         priority: 0,
         cache_salt: None,
+        extensions: GenerateExtensions::default(),
     }
 }
 
@@ -257,4 +262,54 @@ async fn prompts_that_do_not_fit_are_the_clients_fault() {
         Err(TextError::Invalid { param, .. }) => assert_eq!(param, Some("input_text")),
         other => panic!("{other:?}"),
     }
+}
+
+#[tokio::test]
+async fn a_delta_gathers_tokens_as_asked() {
+    let ids = tokenizer("tiny-dense")
+        .encode("one two three four five six seven eight nine ten", false)
+        .unwrap();
+    let (engine, control) = replying(ids.clone(), vec![]);
+    control.set_step_delay(Duration::from_millis(5));
+    let request = GenerateRequest {
+        extensions: GenerateExtensions {
+            stream_interval: 4,
+            ..GenerateExtensions::default()
+        },
+        ..request()
+    };
+    let whole = answer(&engine, request.clone()).await;
+    assert_eq!(whole.token_ids.len(), ids.len() + 1);
+    let mut stream = engine.generate(request).unwrap();
+    let mut deltas = Vec::new();
+    while let Some(delta) = stream.next().await {
+        deltas.push(delta.unwrap());
+    }
+    // Tokens that nobody has read yet come merged, so deltas may be larger, never smaller.
+    for delta in deltas.iter().skip(1).rev().skip(1) {
+        assert!(delta.token_ids.len() >= 4, "{:?}", delta.token_ids);
+    }
+    let text: String = deltas.iter().map(|delta| delta.text.as_str()).collect();
+    assert_eq!(text, whole.text);
+    assert!(deltas.last().unwrap().timing.is_some());
+}
+
+#[tokio::test]
+async fn a_repetition_ends_the_text() {
+    let (engine, ids) = saying("ha ha ha ha ha ha ha ha ha ha");
+    let request = GenerateRequest {
+        extensions: GenerateExtensions {
+            repetition_detection: Some(RepetitionDetection {
+                min_pattern_size: 1,
+                max_pattern_size: 3,
+                min_count: 3,
+            }),
+            ..GenerateExtensions::default()
+        },
+        ..request()
+    };
+    let answer = answer(&engine, request).await;
+    assert_eq!(answer.finish, Some(TextFinish::Repetition));
+    assert!(answer.token_ids.len() < ids.len(), "{:?}", answer.token_ids);
+    assert!("ha ha ha ha ha ha ha ha".starts_with(&answer.text), "{}", answer.text);
 }

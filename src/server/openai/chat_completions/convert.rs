@@ -15,17 +15,8 @@ use crate::server::openai::reply::ReplyOptions;
 use crate::server::openai::tokenize::types::TokenizeRequest;
 use crate::server::openai::truncate::truncation;
 
-/// Template variables that the server sets itself; requests cannot replace them.
-const RESERVED_KWARGS: [&str; 8] = [
-    "messages",
-    "conversation",
-    "tools",
-    "documents",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "chat_template",
-];
+/// Template arguments that are fields of the request: the fields win, also by their defaults.
+const FIELD_KWARGS: [&str; 2] = ["add_generation_prompt", "continue_final_message"];
 
 /// A request that passed `validate`, ready to run.
 pub struct Conversion {
@@ -50,11 +41,13 @@ pub fn convert(
     let endpoint = EndpointSampling {
         max_completion_tokens: request.max_completion_tokens,
         logprobs: asked_logprobs,
-        prompt_logprobs: fields.prompt_logprobs,
+        prompt_logprobs: prompt_logprobs(&request),
         ..EndpointSampling::default()
     };
     let resolved = resolve(fields, endpoint, app)?;
-    let truncation = truncation(fields, app.model.max_model_len, resolved.max_tokens)?;
+    let output_tokens = request.max_completion_tokens.or(fields.max_tokens).unwrap_or(0);
+    let output_tokens = usize::try_from(output_tokens).unwrap_or(0);
+    let truncation = truncation(fields, app.model.max_model_len, output_tokens)?;
     let generate = generate_request(fields, resolved, Arc::from([]), &context, app);
     let n = generate.n;
 
@@ -69,9 +62,10 @@ pub fn convert(
     } else {
         last_role.to_owned()
     };
-    let echo = last
-        .filter(|_| request.echo.unwrap_or(false) && last_role == role)
-        .map(content_text);
+    let echo = request.echo.unwrap_or(false).then(|| {
+        let continued = last.filter(|_| last_role == role);
+        continued.map(content_text).unwrap_or_default()
+    });
 
     // What belongs to hidden reasoning is hidden with it.
     let has_reasoning_parser = app.chat.parsers().reasoning.is_some();
@@ -90,8 +84,24 @@ pub fn convert(
         prompt: Arc::from([]),
         prompt_text: None,
         return_prompt_text: request.return_prompt_text.unwrap_or(false),
+        cacheable_tokens: 0,
     };
     let effort = request.reasoning_effort.map(|effort| effort.0);
+    let effort = effort.map(|effort| {
+        app.chat_config
+            .reasoning_effort_map
+            .get(&effort)
+            .cloned()
+            .unwrap_or(effort)
+    });
+    let mut template_kwargs = template_kwargs(&app.chat_config.template_kwargs, request.chat_template_kwargs, effort);
+    let documents = match request.documents {
+        Some(documents) => documents
+            .into_iter()
+            .map(|document| Value::Object(document.0))
+            .collect(),
+        None => take_documents(&mut template_kwargs)?,
+    };
     let request = ChatRequest {
         messages,
         tools: match tool_choice {
@@ -102,13 +112,9 @@ pub fn convert(
         parallel_tool_calls: request.parallel_tool_calls.unwrap_or(true),
         add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),
-        documents: request
-            .documents
-            .unwrap_or_default()
-            .into_iter()
-            .map(Value::Object)
-            .collect(),
-        template_kwargs: template_kwargs(&app.chat_config.template_kwargs, request.chat_template_kwargs, effort),
+        add_special_tokens: request.add_special_tokens.unwrap_or(false),
+        documents,
+        template_kwargs,
         chat_template: request.chat_template,
         include_reasoning,
         truncation,
@@ -117,23 +123,51 @@ pub fn convert(
     Ok(Conversion { request, reply })
 }
 
-/// The request's template arguments over the server's, with what `reasoning_effort` means to templates.
+/// Alternatives per prompt token. `echo` asks for them like `top_logprobs`, as in vLLM; a stream has no place for them.
+fn prompt_logprobs(request: &ChatCompletionRequest) -> Option<i64> {
+    let echoed = request.echo.unwrap_or(false) && !request.sampling.stream.unwrap_or(false);
+    request
+        .sampling
+        .prompt_logprobs
+        .or(echoed.then(|| request.top_logprobs.unwrap_or(0)))
+}
+
+/// The request's template arguments over the server's, with what `reasoning_effort` means to templates. As in vLLM, null
+/// and "auto" leave the server's argument as it is, and the field `reasoning_effort` beats the argument of that name.
 fn template_kwargs(
     defaults: &Map<String, Value>,
     request: Option<Map<String, Value>>,
     effort: Option<String>,
 ) -> Map<String, Value> {
-    let mut kwargs = defaults.clone();
-    let request = request.unwrap_or_default();
+    let mut asked = request.unwrap_or_default();
     if let Some(effort) = effort {
-        if !request.contains_key("enable_thinking") {
-            kwargs.insert("enable_thinking".to_owned(), Value::Bool(effort != "none"));
+        if !asked.contains_key("enable_thinking") {
+            asked.insert("enable_thinking".to_owned(), Value::Bool(effort != "none"));
         }
-        kwargs.insert("reasoning_effort".to_owned(), Value::String(effort));
+        asked.insert("reasoning_effort".to_owned(), Value::String(effort));
     }
-    kwargs.extend(request);
-    kwargs.retain(|name, _| !RESERVED_KWARGS.contains(&name.as_str()));
+    asked.retain(|name, _| !FIELD_KWARGS.contains(&name.as_str()));
+    let mut kwargs = defaults.clone();
+    if !kwargs.is_empty() {
+        asked.retain(|_, value| !value.is_null() && value != "auto");
+    }
+    kwargs.extend(asked);
     kwargs
+}
+
+/// The template argument `documents`, which stands for the field of that name where there is none.
+///
+/// # Errors
+/// 400: it is no list.
+fn take_documents(kwargs: &mut Map<String, Value>) -> Result<Vec<Value>, ApiError> {
+    match kwargs.shift_remove("documents") {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(documents)) => Ok(documents),
+        Some(_) => Err(ApiError::invalid(
+            "chat_template_kwargs",
+            "the template argument `documents` must be a list",
+        )),
+    }
 }
 
 /// The rendering that a `/tokenize` conversation asks for.
@@ -141,26 +175,28 @@ fn template_kwargs(
 /// # Errors
 /// As for a chat request with the same messages.
 pub fn render_request(request: TokenizeRequest, app: &App) -> Result<RenderRequest, ApiError> {
-    let in_kwargs = request
-        .chat_template_kwargs
-        .as_ref()
-        .is_some_and(|kwargs| kwargs.contains_key("chat_template"));
-    let brings_template = request.chat_template.is_some() || in_kwargs;
-    super::validate::check_template_trust(brings_template, app.chat_config.trust_request_template)?;
+    super::validate::check_template_trust(
+        request.chat_template.is_some(),
+        request.chat_template_kwargs.as_ref(),
+        app.chat_config.trust_request_template,
+    )?;
+    super::validate::check_media_kwargs(request.mm_processor_kwargs.as_ref(), request.media_io_kwargs.as_ref())?;
     let add_generation_prompt = request.add_generation_prompt.unwrap_or(true);
     let continue_final_message = request.continue_final_message.unwrap_or(false);
     super::validate::check_continuation(continue_final_message, add_generation_prompt)?;
     let messages = request.messages.unwrap_or_default();
     check_messages(&messages)?;
+    let mut template_kwargs = template_kwargs(&app.chat_config.template_kwargs, request.chat_template_kwargs, None);
     Ok(RenderRequest {
         messages,
         tools: convert_tools(request.tools.unwrap_or_default())?,
-        documents: Vec::new(),
+        documents: take_documents(&mut template_kwargs)?,
         add_generation_prompt,
         continue_final_message,
-        template_kwargs: template_kwargs(&app.chat_config.template_kwargs, request.chat_template_kwargs, None),
+        template_kwargs,
         chat_template: request.chat_template,
         add_special_tokens: request.add_special_tokens.unwrap_or(false),
+        will_be_cut: false,
     })
 }
 
@@ -170,17 +206,24 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn request_kwargs_win_and_reserved_names_are_dropped() {
+    fn request_kwargs_win_and_fields_win_over_them() {
         let object = |value: Value| value.as_object().cloned().unwrap();
         let defaults = object(json!({"a": 1, "enable_thinking": true}));
         let merged = template_kwargs(
             &defaults,
-            Some(object(json!({"a": 2, "messages": []}))),
+            Some(object(
+                json!({"a": 2, "b": null, "c": "auto", "add_generation_prompt": false, "reasoning_effort": 3}),
+            )),
             Some("none".into()),
         );
         assert_eq!(
             Value::Object(merged),
             json!({"a": 2, "enable_thinking": false, "reasoning_effort": "none"})
+        );
+        let unset = Some(object(json!({"b": null, "c": "auto"})));
+        assert_eq!(
+            Value::Object(template_kwargs(&Map::new(), unset, None)),
+            json!({"b": null, "c": "auto"})
         );
         let merged = template_kwargs(
             &defaults,

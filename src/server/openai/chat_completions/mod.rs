@@ -42,7 +42,7 @@ pub async fn create(
     app.metrics.frontend.request_params_n.observe(f64::from(reply.n));
 
     let Chat { prompt, events } = app.chat.chat(request).await?;
-    reply.set_prompt(prompt);
+    reply.set_prompt(prompt, app.engine());
     app.log_request(&reply.head.id, reply.prompt.len(), reply.n);
     if streams {
         let keep_alive = Duration::from_secs(app.config.sse_keep_alive_s);

@@ -7,8 +7,11 @@ use super::types::{
     DeltaMessage, DeltaToolCall, FunctionCall, LogprobContent, ResponseChoice, ToolCall, TopLogprob,
 };
 use crate::chat::{self, ChatChoice, ChatDelta, ChatEvent, ChatFinish, RenderedChat};
+use crate::engine::{EngineHandle, SequenceTiming};
 use crate::server::ids;
-use crate::server::openai::reply::{Counts, Head, ReplyOptions, listed_entries, wire_ids};
+use crate::server::openai::reply::{
+    Counts, Head, REPETITION_DETECTED, ReplyOptions, listed_entries, request_metrics, stream_request_metrics, wire_ids,
+};
 use crate::server::openai::types::{StopReason, StreamUsage, prompt_logprobs, ranked, token_name, wire_logprob};
 use crate::server::sse::Frames;
 use crate::step::TokenId;
@@ -27,17 +30,20 @@ pub struct ChatReply {
     pub top_logprobs: Option<i64>,
     /// Choices.
     pub n: u32,
-    /// `echo`: the last message's text, which the answer continues.
+    /// `echo`: the last message's text, which the answer continues; empty where it was another role's.
     pub echo: Option<String>,
     pub prompt: Arc<[TokenId]>,
     /// The rendered conversation, where the request asked for it.
     pub prompt_text: Option<String>,
     pub return_prompt_text: bool,
+    /// Prompt tokens that the prefix cache can hold.
+    pub cacheable_tokens: usize,
 }
 
 impl ChatReply {
     /// Known once the conversation is rendered.
-    pub fn set_prompt(&mut self, prompt: RenderedChat) {
+    pub fn set_prompt(&mut self, prompt: RenderedChat, engine: &EngineHandle) {
+        self.cacheable_tokens = engine.num_cacheable_tokens(prompt.token_ids.len());
         self.prompt = prompt.token_ids;
         self.prompt_text = self.return_prompt_text.then_some(prompt.text);
     }
@@ -78,6 +84,7 @@ fn wire_finish(finish: &ChatFinish) -> (&'static str, Option<StopReason>) {
     let stop = finish.stop.as_ref().map(|stop| match stop {
         chat::StopReason::Token(id) => StopReason::Token(*id),
         chat::StopReason::Text(text) => StopReason::Text(text.clone()),
+        chat::StopReason::RepetitionDetected => StopReason::Text(REPETITION_DETECTED.to_owned()),
     });
     (finish.reason.as_str(), stop)
 }
@@ -88,6 +95,7 @@ struct ChoiceCounts {
     completion_tokens: usize,
     reasoning_tokens: usize,
     cached_tokens: usize,
+    timing: Option<SequenceTiming>,
 }
 
 fn counts(reply: &ChatReply, choices: impl Iterator<Item = ChoiceCounts>) -> Counts {
@@ -100,6 +108,7 @@ fn counts(reply: &ChatReply, choices: impl Iterator<Item = ChoiceCounts>) -> Cou
         counts.reasoning_tokens += choice.reasoning_tokens;
         counts.cached_tokens = counts.cached_tokens.max(choice.cached_tokens);
     }
+    counts.created_cache_tokens = Some(reply.cacheable_tokens.saturating_sub(counts.cached_tokens));
     counts
 }
 
@@ -133,6 +142,7 @@ impl ChunkBuilder {
         choice.completion_tokens += event.delta.token_ids.len();
         choice.reasoning_tokens = event.reasoning_tokens;
         choice.cached_tokens = choice.cached_tokens.max(event.delta.num_cached_tokens);
+        choice.timing = event.delta.timing;
 
         let mut delta = delta_message(event.to_delta());
         let finish = event.finish.as_ref().map(wire_finish);
@@ -179,6 +189,9 @@ impl ChunkBuilder {
         let mut chunk = self.chunk(Vec::new());
         chunk.usage = Some(usage.into());
         chunk.system_fingerprint = self.reply.head.fingerprint.clone();
+        if let (true, [choice]) = (self.reply.options.request_metrics, self.choices.as_slice()) {
+            chunk.metrics = Some(stream_request_metrics(choice.timing, choice.completion_tokens));
+        }
         frames.push(&chunk);
         frames
     }
@@ -233,6 +246,7 @@ impl ChunkBuilder {
             system_fingerprint: None,
             prompt_token_ids: None,
             prompt_text: None,
+            metrics: None,
             kv_transfer_params: None,
         }
     }
@@ -283,8 +297,13 @@ pub fn response(reply: ChatReply, choices: Vec<ChatChoice>) -> ChatCompletionRes
         completion_tokens: choice.token_ids.len(),
         reasoning_tokens: choice.reasoning_tokens,
         cached_tokens: choice.num_cached_tokens,
+        timing: choice.timing,
     });
     let usage = counts(&reply, tokens).usage(&reply.options);
+    let metrics = match (reply.options.request_metrics, choices.as_slice()) {
+        (true, [choice]) => Some(request_metrics(choice.timing, choice.token_ids.len())),
+        _ => None,
+    };
     let positions = choices
         .first()
         .and_then(|choice| choice.prompt_logprobs.as_deref())
@@ -307,7 +326,7 @@ pub fn response(reply: ChatReply, choices: Vec<ChatChoice>) -> ChatCompletionRes
         prompt_text: reply.prompt_text,
         kv_transfer_params: None,
         ec_transfer_params: None,
-        metrics: None,
+        metrics,
     }
 }
 

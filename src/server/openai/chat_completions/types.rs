@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::server::field::{Choice, Words, request_body};
-use crate::server::openai::types::{Key, SamplingFields, StopReason, StreamUsage, Usage};
+use crate::server::openai::types::{Key, SamplingFields, StopReason, StreamUsage, StringMap, Usage};
 
 request_body! {
     pub struct ChatCompletionRequest {
@@ -22,7 +22,7 @@ request_body! {
         pub add_generation_prompt: bool,
         pub continue_final_message: bool,
         pub add_special_tokens: bool,
-        pub documents: Vec<Map<String, Value>>,
+        pub documents: Vec<StringMap>,
         pub chat_template: String,
         pub chat_template_kwargs: Map<String, Value>,
         pub media_io_kwargs: Map<String, Value>,
@@ -131,6 +131,8 @@ pub struct ChatCompletionChunk {
     pub prompt_token_ids: Key<Vec<u32>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_text: Key<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_transfer_params: Key<Value>,
 }

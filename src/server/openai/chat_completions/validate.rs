@@ -1,11 +1,14 @@
 //! Rules of `/v1/chat/completions`.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::types::ChatCompletionRequest;
 use crate::chat::ToolChoice;
 use crate::server::error::ApiError;
 use crate::server::openai::validate::check_shared;
+
+/// Template variables that the server sets itself: a request's template arguments must leave them alone.
+const RESERVED_KWARGS: [&str; 5] = ["chat_template", "tokenize", "messages", "conversation", "tools"];
 
 /// What the server's flags allow and the model offers.
 #[derive(Clone, Copy, Debug)]
@@ -165,33 +168,50 @@ pub fn check_continuation(continue_final_message: bool, add_generation_prompt: b
 
 /// # Errors
 /// 400: the request brings its own template and the server does not trust requests with that.
-pub fn check_template_trust(brings_template: bool, trusted: bool) -> Result<(), ApiError> {
-    if brings_template && !trusted {
+pub fn check_template_trust(
+    brings_template: bool,
+    kwargs: Option<&Map<String, Value>>,
+    trusted: bool,
+) -> Result<(), ApiError> {
+    let has = |name: &str| kwargs.is_some_and(|kwargs| kwargs.contains_key(name));
+    if (brings_template || has("chat_template")) && !trusted {
         return Err(ApiError::bad_request(
             "Chat template is passed with request, but --trust-request-chat-template is not set. Refused request with untrusted chat template.",
         ));
+    }
+    match RESERVED_KWARGS.into_iter().find(|name| has(name)) {
+        None => Ok(()),
+        Some(name) => Err(ApiError::invalid(
+            "chat_template_kwargs",
+            format!("Found unexpected chat template kwargs from request: '{name}'"),
+        )),
+    }
+}
+
+/// # Errors
+/// 400: arguments of media processing, which a text model does not have.
+pub fn check_media_kwargs(
+    processor: Option<&Map<String, Value>>,
+    media_io: Option<&Map<String, Value>>,
+) -> Result<(), ApiError> {
+    for (param, given) in [("mm_processor_kwargs", processor), ("media_io_kwargs", media_io)] {
+        if given.is_some_and(|kwargs| !kwargs.is_empty()) {
+            return Err(ApiError::invalid(
+                param,
+                format!("`{param}` needs --trust-request-mm-kwargs, which this server does not have"),
+            ));
+        }
     }
     Ok(())
 }
 
 fn check_trust(request: &ChatCompletionRequest, trust_request_template: bool) -> Result<(), ApiError> {
-    let in_kwargs = request
-        .chat_template_kwargs
-        .as_ref()
-        .is_some_and(|kwargs| kwargs.contains_key("chat_template"));
-    check_template_trust(request.chat_template.is_some() || in_kwargs, trust_request_template)?;
-    for (param, given) in [
-        ("mm_processor_kwargs", request.mm_processor_kwargs.is_some()),
-        ("media_io_kwargs", request.media_io_kwargs.is_some()),
-    ] {
-        if given {
-            return Err(ApiError::invalid(
-                param,
-                format!("`{param}` needs --trust-request-mm-kwargs"),
-            ));
-        }
-    }
-    Ok(())
+    check_template_trust(
+        request.chat_template.is_some(),
+        request.chat_template_kwargs.as_ref(),
+        trust_request_template,
+    )?;
+    check_media_kwargs(request.mm_processor_kwargs.as_ref(), request.media_io_kwargs.as_ref())
 }
 
 #[cfg(test)]
@@ -228,7 +248,9 @@ mod tests {
             (r#","tools":[]"#, "tools"),
             (r#","tool_choice":"auto""#, "tool_choice"),
             (r#","tool_choice":"maybe""#, "body.tool_choice"),
-            (r#","mm_processor_kwargs":{}"#, "mm_processor_kwargs"),
+            (r#","mm_processor_kwargs":{"a":1}"#, "mm_processor_kwargs"),
+            (r#","chat_template_kwargs":{"tokenize":true}"#, "chat_template_kwargs"),
+            (r#","chat_template_kwargs":{"messages":[]}"#, "chat_template_kwargs"),
             (named.as_str(), "tool_choice"),
             (absent.as_str(), "tool_choice"),
             (required.as_str(), "tool_choice"),
@@ -266,6 +288,7 @@ mod tests {
             "",
             tools.as_str(),
             r#","logprobs":true,"top_logprobs":2,"max_tokens":64,"tool_choice":"none""#,
+            r#","mm_processor_kwargs":{},"media_io_kwargs":{},"chat_template_kwargs":{"documents":[]}"#,
         ] {
             assert_eq!(failure(extra, RULES), None, "{extra}");
         }

@@ -32,20 +32,24 @@ pub fn convert(request: CompletionRequest, app: &App, context: RequestContext) -
     let fields = &request.sampling;
     let echo = request.echo.unwrap_or(false);
     let prompt_only = echo && fields.max_tokens == Some(0);
+    let prompt_logprobs = fields.prompt_logprobs.or(request.logprobs.filter(|_| echo));
     let endpoint = EndpointSampling {
         logprobs: request.logprobs,
         // Nothing runs without sampling once; what comes of it is not shown.
         max_tokens: prompt_only.then_some(1),
-        prompt_logprobs: fields.prompt_logprobs.or(request.logprobs.filter(|_| echo)),
+        prompt_logprobs,
         default_max_tokens: Some(DEFAULT_MAX_TOKENS),
         ..EndpointSampling::default()
     };
     let resolved = resolve(fields, endpoint, app)?;
-    let truncation = truncation(fields, app.model.max_model_len, resolved.max_tokens)?;
+    let output_tokens = fields.max_tokens.unwrap_or(i64::from(DEFAULT_MAX_TOKENS));
+    let output_tokens = usize::try_from(output_tokens).unwrap_or(0);
+    let truncation = truncation(fields, app.model.max_model_len, output_tokens)?;
     let add_special_tokens = request.add_special_tokens.unwrap_or(true);
-    let options = ReplyOptions::new(fields, &app.config, false);
+    let mut options = ReplyOptions::new(fields, &app.config, false);
 
     let prompts = request.prompt.map(|prompts| prompts.0).unwrap_or_default();
+    options.request_metrics &= prompts.len() == 1;
     let num_choices = prompts.len() * resolved.n as usize;
     if num_choices > MAX_CHOICES {
         return Err(ApiError::bad_request(format!(
@@ -57,11 +61,13 @@ pub fn convert(request: CompletionRequest, app: &App, context: RequestContext) -
     for prompt in prompts {
         let (mut ids, text) = match prompt {
             Prompt::Tokens(ids) => (ids, None),
+            Prompt::Text(text) if truncation.is_some() => (app.text().encode(&text, add_special_tokens)?, Some(text)),
             Prompt::Text(text) => (app.text().encode_prompt(&text, add_special_tokens)?, Some(text)),
         };
         let cut = truncation.as_ref().is_some_and(|truncation| truncation.apply(&mut ids));
         app.text().check_prompt(&ids)?;
-        let text = match (echo, text) {
+        // As vLLM: who gets the prompt's ids gets it once.
+        let text = match (echo && !options.return_token_ids, text) {
             (false, _) => String::new(),
             (true, Some(text)) if !cut => text,
             (true, _) => app.tokenizer().decode(&ids, false),
@@ -79,7 +85,7 @@ pub fn convert(request: CompletionRequest, app: &App, context: RequestContext) -
         head: context.head,
         options,
         logprobs: request.logprobs,
-        prompt_logprobs: fields.prompt_logprobs.is_some(),
+        prompt_logprobs: prompt_logprobs.is_some(),
         n: resolved.n,
         echo,
         prompt_only,

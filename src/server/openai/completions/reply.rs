@@ -5,7 +5,10 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::types::{ChunkChoice, CompletionChunk, CompletionLogprobs, CompletionResponse, ResponseChoice};
-use crate::server::openai::reply::{Counts, Head, ReplyOptions, finish, listed_entries, wire_ids};
+use crate::engine::SequenceTiming;
+use crate::server::openai::reply::{
+    Counts, Head, ReplyOptions, finish, listed_entries, request_metrics, stream_request_metrics, wire_ids,
+};
 use crate::server::openai::types::{StopReason, StreamUsage, prompt_logprobs, ranked, token_name, wire_logprob};
 use crate::server::sse::Frames;
 use crate::step::TokenId;
@@ -18,13 +21,13 @@ pub struct CompletionReply {
     pub options: ReplyOptions,
     /// `logprobs`: alternatives beside the chosen token.
     pub logprobs: Option<i64>,
-    /// The request asked `prompt_logprobs`; with echo they are also computed for `logprobs` alone.
+    /// The request asked `prompt_logprobs`, or `echo` with `logprobs`.
     pub prompt_logprobs: bool,
     /// Choices per prompt.
     pub n: u32,
     /// The prompt stands before the answer.
     pub echo: bool,
-    /// `echo` with `max_tokens` 0: what was sampled is not shown.
+    /// `echo` with `max_tokens` 0: the text of what was sampled is not shown; as in vLLM it counts.
     pub prompt_only: bool,
     pub prompts: Vec<EchoedPrompt>,
 }
@@ -33,7 +36,7 @@ pub struct CompletionReply {
 #[derive(Clone, Debug)]
 pub struct EchoedPrompt {
     pub ids: Arc<[TokenId]>,
-    /// Empty unless `echo`.
+    /// Empty unless `echo` shows it.
     pub text: String,
     /// The first token, which has no logprobs of its own; none unless `echo` with logprobs.
     pub first: Option<TokenText>,
@@ -43,9 +46,12 @@ pub struct EchoedPrompt {
 #[derive(Clone, Debug, Default)]
 struct ChoiceState {
     completion_tokens: usize,
-    /// Characters of the choice's tokens so far: the next `text_offset`.
+    /// The next `text_offset`, in characters.
     offset: usize,
+    /// Of the text that is out.
+    text_chars: usize,
     begun: bool,
+    timing: Option<SequenceTiming>,
 }
 
 impl CompletionReply {
@@ -123,6 +129,7 @@ impl CompletionReply {
             prompt_tokens: self.prompts.iter().map(|prompt| prompt.ids.len()).sum(),
             completion_tokens: choices.iter().map(|choice| choice.completion_tokens).sum(),
             cached_tokens,
+            created_cache_tokens: None,
             reasoning_tokens: 0,
         }
     }
@@ -157,8 +164,10 @@ impl ChunkBuilder {
             return frames;
         };
         let is_first = !std::mem::replace(&mut state.begun, true);
-        let shown_tokens: &[u32] = if self.reply.prompt_only { &[] } else { &delta.token_ids };
-        state.completion_tokens += shown_tokens.len();
+        state.completion_tokens += delta.token_ids.len();
+        state.timing = delta.timing;
+        // As vLLM: a chunk's offsets count from the text before it, also where some text is held back.
+        state.offset = state.text_chars;
         self.cached_tokens = self.cached_tokens.max(delta.num_cached_tokens);
 
         let mut text = String::new();
@@ -170,12 +179,13 @@ impl ChunkBuilder {
             text.push_str(&delta.text);
         }
         let prompt_ids = prompt
-            .filter(|_| is_first && self.reply.options.return_token_ids)
+            .filter(|_| is_first && (self.reply.echo || self.reply.options.return_token_ids))
             .map(|p| wire_ids(&p.ids));
         let finish = self.reply.finish(delta);
         let is_last = finish.is_some();
         let (finish_reason, stop_reason) = finish.map_or((None, None), |(reason, stop)| (Some(reason), stop));
         let logprobs = self.reply.logprobs(&mut state, delta, is_first);
+        state.text_chars += text.chars().count();
         let completion_tokens = state.completion_tokens;
         let prompt_tokens = prompt.map_or(0, |prompt| prompt.ids.len());
         self.choices[index as usize] = state;
@@ -187,7 +197,7 @@ impl ChunkBuilder {
             finish_reason,
             stop_reason,
             prompt_token_ids: prompt_ids,
-            token_ids: self.reply.options.return_token_ids.then(|| shown_tokens.to_vec()),
+            token_ids: self.reply.options.return_token_ids.then(|| delta.token_ids.clone()),
             weight_versions: is_last.then_some(None),
         }]);
         chunk.kv_transfer_params = Some(None);
@@ -212,6 +222,9 @@ impl ChunkBuilder {
                 .usage(&self.reply.options);
             chunk.usage = Some(usage.into());
             chunk.system_fingerprint = self.reply.head.fingerprint.clone();
+            if let (true, [choice]) = (self.reply.options.request_metrics, self.choices.as_slice()) {
+                chunk.metrics = Some(stream_request_metrics(choice.timing, choice.completion_tokens));
+            }
             frames.push(&chunk);
         }
         frames
@@ -226,6 +239,7 @@ impl ChunkBuilder {
             choices,
             usage: None,
             system_fingerprint: None,
+            metrics: None,
             kv_transfer_params: None,
         }
     }
@@ -285,13 +299,13 @@ impl ResponseBuilder {
             choice.finish_reason = Some(reason);
             choice.stop_reason = stop_reason;
         }
-        if self.reply.prompt_only {
-            return;
-        }
         state.completion_tokens += delta.token_ids.len();
-        choice.text.push_str(&delta.text);
+        state.timing = delta.timing;
         if let Some(ids) = choice.token_ids.as_mut() {
             ids.extend(&delta.token_ids);
+        }
+        if !self.reply.prompt_only {
+            choice.text.push_str(&delta.text);
         }
     }
 
@@ -303,6 +317,10 @@ impl ResponseBuilder {
         } = self;
         let (states, choices): (Vec<_>, Vec<_>) = choices.into_iter().unzip();
         let usage = reply.counts(&states, cached_tokens).usage(&reply.options);
+        let metrics = match (reply.options.request_metrics, states.as_slice()) {
+            (true, [choice]) => Some(request_metrics(choice.timing, choice.completion_tokens)),
+            _ => None,
+        };
         CompletionResponse {
             id: reply.head.id,
             object: "text_completion",
@@ -314,7 +332,7 @@ impl ResponseBuilder {
             usage,
             kv_transfer_params: None,
             ec_transfer_params: None,
-            metrics: None,
+            metrics,
         }
     }
 }

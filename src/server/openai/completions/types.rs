@@ -172,6 +172,8 @@ pub struct CompletionChunk {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub system_fingerprint: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub kv_transfer_params: Key<Value>,
 }
 

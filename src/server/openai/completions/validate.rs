@@ -2,6 +2,7 @@
 
 use super::types::{CompletionRequest, Prompt};
 use crate::server::error::ApiError;
+use crate::server::fields;
 use crate::server::openai::validate::check_shared;
 
 /// Most prompts of one request.
@@ -11,11 +12,12 @@ const MAX_PROMPTS: usize = 1024;
 /// 400 that names the field.
 pub fn check(request: &CompletionRequest, max_model_len: usize) -> Result<(), ApiError> {
     if request.prompt_embeds.is_some() {
-        return Err(ApiError::unsupported("prompt_embeds"));
+        return Err(fields::refused("prompt_embeds"));
     }
     if request.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
         return Err(ApiError::invalid("suffix", "suffix is not currently supported"));
     }
+    check_beam_search(request)?;
     check_prompts(request.prompt.as_ref().map_or(&[], |prompts| prompts.0.as_slice()))?;
     check_shared(&request.sampling)?;
     if let Some(count) = request.logprobs.filter(|count| *count < 0 && *count != -1) {
@@ -26,6 +28,25 @@ pub fn check(request: &CompletionRequest, max_model_len: usize) -> Result<(), Ap
         ));
     }
     check_max_tokens(request, max_model_len)
+}
+
+fn check_beam_search(request: &CompletionRequest) -> Result<(), ApiError> {
+    if !request.sampling.use_beam_search.unwrap_or(false) {
+        return Ok(());
+    }
+    if request.sampling.stream.unwrap_or(false) {
+        return Err(ApiError::invalid(
+            "use_beam_search",
+            "Streaming is not currently supported with beam search",
+        ));
+    }
+    if request.echo.unwrap_or(false) && request.logprobs.is_some() {
+        return Err(ApiError::invalid(
+            "use_beam_search",
+            "beam search gives no logprobs of an echoed prompt",
+        ));
+    }
+    Ok(())
 }
 
 fn check_prompts(prompts: &[Prompt]) -> Result<(), ApiError> {
@@ -102,6 +123,14 @@ mod tests {
             (r#"{"prompt":"a","max_tokens":0}"#, "max_tokens"),
             (r#"{"prompt":"a","max_tokens":-1,"echo":true}"#, "max_tokens"),
             (r#"{"prompt":"a","max_tokens":65}"#, "max_tokens"),
+            (
+                r#"{"prompt":"a","use_beam_search":true,"stream":true}"#,
+                "use_beam_search",
+            ),
+            (
+                r#"{"prompt":"a","use_beam_search":true,"echo":true,"logprobs":1}"#,
+                "use_beam_search",
+            ),
         ] {
             assert_eq!(failure(json).as_deref(), Some(param), "{json}");
         }
