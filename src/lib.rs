@@ -9,7 +9,7 @@
 //!
 //! | layer | modules | may import |
 //! |---|---|---|
-//! | 8 | main, serve, bench | everything (wiring only) |
+//! | 8 | main, serve, bench, commands | everything (wiring only) |
 //! | 7 | cli | config |
 //! | 6 | server | chat, text, engine (handle and errors) |
 //! | 5 | chat | text, parsers, grammar, media |
@@ -18,7 +18,7 @@
 //! | 2 | runner | step, model, backend |
 //! | 1 | model | backend |
 //! | 0 | backend | step (its data) |
-//! | 0 | step, parsers, grammar, media, hub | none of ours |
+//! | 0 | step, parsers, grammar, media, hub, client | none of ours |
 //! | beside | config (data; each part receives its own part), metrics (names) | config: layer 0 |
 //!
 //! The data types of `step` may be named on every layer above it.
@@ -27,6 +27,7 @@ pub mod serve;
 
 pub mod bench;
 pub mod cli;
+pub mod commands;
 pub mod config;
 pub mod server;
 
@@ -39,6 +40,7 @@ pub mod runner;
 pub mod model;
 
 pub mod backend;
+pub mod client;
 pub mod hub;
 pub mod metrics;
 pub mod parsers;
@@ -50,7 +52,7 @@ mod tests {
 
     /// The table in the crate's documentation: a module may import what stands on a lower layer.
     const LAYERS: &[&[&str]] = &[
-        &["step", "parsers", "grammar", "media", "hub"],
+        &["step", "parsers", "grammar", "media", "hub", "client"],
         &["backend"],
         &["model"],
         &["runner"],
@@ -59,7 +61,7 @@ mod tests {
         &["chat"],
         &["server"],
         &["cli"],
-        &["main", "serve", "bench"],
+        &["main", "serve", "bench", "commands"],
     ];
     /// Data that every module may import, and the last layer from which it may itself import.
     const BESIDE: &[(&str, Option<usize>)] = &[("config", Some(1)), ("metrics", None)];

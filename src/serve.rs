@@ -1,6 +1,11 @@
 //! The only file that knows every part: backend → runner → engine → text → chat → server.
 
 pub mod logging;
+pub mod memory;
+mod phases;
+mod progress;
+
+pub use phases::Phases;
 
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -19,11 +24,11 @@ use crate::config::args::Gpu;
 use crate::config::{Config, DeviceKind, ServerInfo, VLLM_VERSION};
 use crate::engine::{EngineConfig, EngineHandle, Exit};
 use crate::metrics::Metrics;
-use crate::runner::memory::CPU_KV_BYTES;
-use crate::runner::{ExecutorOptions, MemoryPlan, build_executor, plan_memory};
+use crate::runner::build_executor;
 use crate::server::{self, App, ServedModel, listen};
 use crate::step::Executor;
 use crate::text::{TextEngine, Tokenizer};
+use progress::WeightProgress;
 
 /// Threads that serve HTTP; more only spin.
 const MAX_HTTP_THREADS: usize = 8;
@@ -35,12 +40,11 @@ const LAST_FRAMES: Duration = Duration::from_secs(2);
 const FAILED: u8 = 1;
 const INTERRUPTED: u8 = 143;
 
-/// Serves until a signal or the engine's death.
+/// Serves until a signal or the engine's death. `phases` began with the process.
 ///
 /// # Errors
 /// The server could not start: port, checkpoint, memory. The text is for the operator.
-pub fn run(config: Config) -> anyhow::Result<ExitCode> {
-    let start = Instant::now();
+pub fn run(config: Config, mut phases: Phases) -> anyhow::Result<ExitCode> {
     tracing::info!(
         "rvllm API server version {} (API of vLLM {VLLM_VERSION})",
         env!("CARGO_PKG_VERSION")
@@ -55,9 +59,11 @@ pub fn run(config: Config) -> anyhow::Result<ExitCode> {
         )
     })?;
 
-    let (config, executor) = load(config)?;
+    let (config, executor) = load(config, &mut phases)?;
     let app = Arc::new(build_app(&config, executor)?);
-    tracing::info!("ready after {:.2} s", start.elapsed().as_secs_f64());
+    phases.done("tokenizer and template");
+    tracing::info!("{phases}");
+    tracing::info!("ready after {:.2} s", phases.total().as_secs_f64());
 
     let http_threads = std::thread::available_parallelism()
         .map_or(2, |n| n.get())
@@ -90,13 +96,12 @@ pub fn gpus() -> Vec<Gpu> {
 ///
 /// # Errors
 /// No such device, or a checkpoint or a size that it cannot take.
-pub fn load(mut config: Config) -> anyhow::Result<(Config, Box<dyn Executor>)> {
-    // The CPU computes a step inside `submit`: planning ahead of it would only delay the tokens. A GPU computes while the
-    // host plans the next step.
+pub fn load(mut config: Config, phases: &mut Phases) -> anyhow::Result<(Config, Box<dyn Executor>)> {
+    phases.done("configuration");
     let executor = match config.device.kind {
-        DeviceKind::Cpu => load_on(cpu(&config), &mut config, 1, Some(CPU_KV_BYTES))?,
+        DeviceKind::Cpu => load_on(cpu(&config), &mut config, phases)?,
         #[cfg(feature = "cuda")]
-        DeviceKind::Cuda { ordinal } => load_on(cuda(&config, ordinal)?, &mut config, 2, None)?,
+        DeviceKind::Cuda { ordinal } => load_on(cuda(&config, ordinal)?, &mut config, phases)?,
         #[cfg(not(feature = "cuda"))]
         DeviceKind::Cuda { ordinal } => {
             bail!("--device cuda:{ordinal}: this build of rvllm has no CUDA backend; use --device cpu")
@@ -135,86 +140,28 @@ fn cuda(config: &Config, ordinal: usize) -> anyhow::Result<crate::backend::cuda:
     )?)
 }
 
-fn load_on<B: Backend>(
-    backend: B,
-    config: &mut Config,
-    max_in_flight: usize,
-    default_kv_bytes: Option<usize>,
-) -> anyhow::Result<Box<dyn Executor>> {
-    let start = Instant::now();
+fn load_on<B: Backend>(backend: B, config: &mut Config, phases: &mut Phases) -> anyhow::Result<Box<dyn Executor>> {
     tracing::info!("running on {}", backend.describe());
-    if config.model.fit_max_model_len {
-        let device_bytes = backend.memory_bytes()?;
-        let shortest = config.cache.block_size.min(config.model.max_model_len);
-        let options = executor_options(config, shortest, max_in_flight, default_kv_bytes);
-        let fitting = plan_memory(&options, device_bytes)?.largest_model_len();
-        if fitting < config.model.max_model_len {
-            tracing::info!("--max-model-len auto: {fitting} tokens, what the KV cache holds");
-            config.model.max_model_len = fitting;
-        }
-    }
-    let mut next_percent = 25;
-    let mut progress = |loaded: u64, total: u64| {
-        let percent = (loaded * 100).checked_div(total).unwrap_or(100);
-        if percent >= next_percent {
-            tracing::info!("loading weights: {percent} %");
-            next_percent = (percent / 25 + 1) * 25;
-        }
-    };
-    let options = executor_options(config, config.model.max_model_len, max_in_flight, default_kv_bytes);
-    let (executor, plan) = build_executor(&options, backend, &mut progress)?;
-    tracing::info!("Loading weights took {:.2} seconds", start.elapsed().as_secs_f64());
-    log_memory(&plan);
+    memory::fit_context(config, backend.memory_bytes()?)?;
+    phases.done("device");
+
+    let start = Instant::now();
+    let mut progress = WeightProgress::new();
+    let options = memory::executor_options(config, config.model.max_model_len);
+    let (executor, plan) = build_executor(&options, backend, &mut |loaded, total| progress.at(loaded, total))?;
+    let loaded = progress.finished().unwrap_or_else(Instant::now);
+    tracing::info!("Loading weights took {:.2} seconds", (loaded - start).as_secs_f64());
+    phases.done_at("weights", loaded);
+    phases.done("buffers");
+    memory::log(&plan);
     Ok(executor)
 }
 
-fn executor_options(
-    config: &Config,
-    max_model_len: usize,
-    max_in_flight: usize,
-    default_kv_bytes: Option<usize>,
-) -> ExecutorOptions<'_> {
-    ExecutorOptions {
-        files: &config.model.files,
-        hf_config: &config.model.hf_config,
-        load_format: config.model.load_format,
-        dtype: config.model.dtype,
-        seed: config.model.seed,
-        max_model_len,
-        cache: &config.cache,
-        scheduler: &config.scheduler,
-        max_in_flight,
-        default_kv_bytes,
-    }
-}
-
-/// vLLM's lines on the KV cache, which operators look for, after the whole division of memory.
-fn log_memory(plan: &MemoryPlan) {
-    tracing::info!("{plan}");
-    let tokens = plan.largest_model_len();
-    tracing::info!("GPU KV cache size: {} tokens", grouped(tokens));
-    tracing::info!(
-        "Maximum concurrency for {} tokens per request: {:.2}x",
-        grouped(plan.max_model_len),
-        tokens as f64 / plan.max_model_len.max(1) as f64
-    );
-}
-
-/// `1234567` as `1,234,567`.
-fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
-}
-
 /// From the executor up to what the router needs.
-fn build_app(config: &Config, executor: Box<dyn Executor>) -> anyhow::Result<App> {
+///
+/// # Errors
+/// Tokenizer, template or a parser cannot be used, or a thread cannot be started.
+pub fn build_app(config: &Config, executor: Box<dyn Executor>) -> anyhow::Result<App> {
     let main_name = config
         .model
         .served_names
@@ -351,17 +298,5 @@ fn raise_open_file_limit() {
             "the limit on open files stays as it is: {}",
             std::io::Error::last_os_error()
         );
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_grouped_by_thousands() {
-        for (number, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
-            assert_eq!(grouped(number), text);
-        }
     }
 }

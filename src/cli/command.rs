@@ -12,7 +12,7 @@ use super::CliError;
 use super::normalize::Normalized;
 use super::table::{Flag, FlagSet, Kind, Nargs, Verdict};
 use super::values::parse_value;
-use crate::config::args::Notice;
+use crate::config::args::{Effect, GivenFlag};
 
 /// The value of every flag, by `dest`.
 #[derive(Debug)]
@@ -68,38 +68,46 @@ impl Values {
         self.by_dest.get(dest).unwrap_or(&Value::Null)
     }
 
-    /// One notice per flag that was given and has no effect.
-    ///
-    /// # Errors
-    /// A flag that is refused has another value than its default, or an honoured one has a value that is not.
-    pub fn judge(&self, normalized: &Normalized) -> Result<Vec<Notice>, CliError> {
-        let mut notices = Vec::new();
-        for occurrence in &normalized.occurrences {
+    /// What becomes of each flag that was given, in the order of the command line; a refused one's text is the whole message.
+    pub fn judge(&self, normalized: &Normalized) -> Vec<GivenFlag> {
+        let judged = normalized.occurrences.iter().map(|occurrence| {
             let flag = occurrence.flag;
             let value = self.get(&flag.dest());
             let allowed = is_default(flag, value) || flag.allow.iter().flatten().any(|allowed| same(allowed, value));
-            match flag.here {
-                Verdict::Accepted => {
-                    notices.push(Notice::Info(format!("{} has no effect: {}", flag.name(), flag.text)));
-                }
-                Verdict::Refused if !allowed => {
-                    return Err(CliError::Refused(format!(
-                        "{} is not supported: {}",
-                        given(flag, value),
-                        flag.text
-                    )));
-                }
+            let refused = |reason: &str| {
+                let text = format!("{} is not supported: {reason}", given(flag, value));
+                (Effect::Refused, text)
+            };
+            let (effect, text) = match flag.here {
+                Verdict::Accepted => (Effect::Accepted, flag.text.clone()),
+                Verdict::Refused if !allowed => refused(&flag.text),
                 Verdict::Honoured if !allowed && flag.allow.is_some() => {
-                    let reason = flag.otherwise.as_deref().unwrap_or(&flag.text);
-                    return Err(CliError::Refused(format!(
-                        "{} is not supported: {reason}",
-                        given(flag, value)
-                    )));
+                    refused(flag.otherwise.as_deref().unwrap_or(&flag.text))
                 }
-                Verdict::Refused | Verdict::Honoured => {}
+                Verdict::Refused => (Effect::Unchanged, "This is how the server works.".to_owned()),
+                Verdict::Honoured => (Effect::Honoured, flag.text.clone()),
+            };
+            GivenFlag {
+                flag: flag.name().to_owned(),
+                value: shown(flag, value),
+                effect,
+                text,
             }
-        }
-        Ok(notices)
+        });
+        judged.chain(normalized.legacy.iter().cloned()).collect()
+    }
+}
+
+/// Flags whose values nobody may read over a shoulder.
+const SECRETS: [&str; 2] = ["--api-key", "--hf-token"];
+
+/// A value for people to read.
+fn shown(flag: &Flag, value: &Value) -> String {
+    match value {
+        Value::Null => "none".to_owned(),
+        _ if SECRETS.contains(&flag.name()) => "***".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
     }
 }
 

@@ -1,14 +1,27 @@
-//! The flags part of docs/compatibility.md, made from the table that the command line is read by.
+//! The part of docs/compatibility.md on flags and environment variables, made from the tables that they are read by.
 
-use super::table::{Flag, TABLE, Tier, Verdict};
+use super::table::{Command, Flag, SUBCOMMAND_FLAGS, TABLE, Tier, Verdict};
+use crate::config::environment::{self, VariableUse};
 
 /// What stands before and after the generated part.
 pub const BEGIN: &str = "<!-- flags: generated from src/cli/flags.json -->\n";
 pub const END: &str = "<!-- end of flags -->\n";
 
-/// Every flag of `vllm serve`, group by group, and what becomes of it.
-pub fn flags_markdown() -> String {
-    let mut out = String::from(BEGIN);
+/// Every flag and every environment variable, and what becomes of it.
+pub fn markdown() -> String {
+    [
+        BEGIN,
+        &serve_markdown(),
+        &subcommands_markdown(),
+        &variables_markdown(),
+        END,
+    ]
+    .concat()
+}
+
+/// Every flag of `vllm serve`, group by group.
+fn serve_markdown() -> String {
+    let mut out = String::new();
     out += "## Flags of `vllm serve`\n\n";
     let count = |tier: Tier, verdict: Verdict| {
         TABLE
@@ -36,7 +49,7 @@ pub fn flags_markdown() -> String {
         }
         out += &row(flag);
     }
-    out += "\n### Flags of older releases\n\n| flag | here | |\n|---|---|---|\n";
+    out += "\n### Our own flags, and those of older releases\n\n| flag | here | |\n|---|---|---|\n";
     for legacy in &TABLE.legacy {
         let here = match legacy.here {
             Verdict::Honoured => "better",
@@ -45,7 +58,47 @@ pub fn flags_markdown() -> String {
         };
         out += &format!("| `{}` | {here} | {} |\n", legacy.flag, cell(&legacy.text));
     }
-    out + END
+    out
+}
+
+/// What the other subcommands have beside, or in place of, the flags of `serve`.
+fn subcommands_markdown() -> String {
+    let mut out = String::from("\n## Flags of the other subcommands\n");
+    for command in Command::ALL.into_iter().filter(|command| *command != Command::Serve) {
+        let also = match command.runs_engine() {
+            true => " Also every flag of `serve`.",
+            false => "",
+        };
+        out += &format!("\n### `{}`\n\n{}{also}\n", command.path(), command.about());
+        let own = SUBCOMMAND_FLAGS
+            .iter()
+            .filter(|f| f.commands.iter().any(|c| c == command.path()));
+        let rows: String = own.map(row).collect();
+        if !rows.is_empty() {
+            out += &format!("\n| flag | default | here | |\n|---|---|---|---|\n{rows}");
+        }
+    }
+    out
+}
+
+/// Every environment variable of vLLM, and the others that matter.
+fn variables_markdown() -> String {
+    let mut out = String::from("\n## Environment variables\n\n| variable | here | |\n|---|---|---|\n");
+    for variable in environment::variables() {
+        let here = match variable.here {
+            VariableUse::Honoured => "same",
+            VariableUse::Accepted => "no effect",
+            VariableUse::Refused => "refused",
+        };
+        out += &format!("| `{}` | {here} | {} |\n", variable.name, cell(&variable.text));
+    }
+    let others: Vec<String> = environment::without_effect().map(|name| format!("`{name}`")).collect();
+    out + &format!(
+        "\nOne line in the log names the variables that are set and have no effect, another those that vLLM does not know \
+         (with --fail-on-environ-validation they end the start). Without effect, because the part of vLLM that they tune does \
+         not exist here: {}.\n",
+        others.join(", ")
+    )
 }
 
 fn row(flag: &Flag) -> String {
@@ -92,19 +145,19 @@ mod tests {
 
     #[test]
     fn the_document_is_up_to_date() {
-        document::assert_current(BEGIN, END, &flags_markdown());
+        document::assert_current(BEGIN, END, &markdown());
     }
 
     #[test]
     #[ignore = "writes docs/compatibility.md"]
     fn write_the_document() {
-        document::write(BEGIN, END, &flags_markdown());
+        document::write(BEGIN, END, &markdown());
     }
 
     #[test]
     fn every_flag_has_a_row() {
-        let text = flags_markdown();
-        for flag in &TABLE.serve {
+        let text = markdown();
+        for flag in TABLE.serve.iter().chain(SUBCOMMAND_FLAGS.iter()) {
             assert!(
                 flag.flags
                     .iter()

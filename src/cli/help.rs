@@ -8,15 +8,25 @@ const WIDTH: usize = 110;
 
 /// What `rvllm --help` prints.
 pub fn top() -> String {
-    "usage: rvllm [-h] [-v] {serve,bench} ...\n\n\
-     A drop-in replacement for `vllm serve` for LFM2 models.\n\n\
-     commands:\n\
-     \x20 serve MODEL          Serve a model over HTTP.\n\
-     \x20 bench latency        Time one batch.\n\
-     \x20 bench throughput     Tokens per second over many prompts.\n\n\
-     `rvllm serve demo` serves a small model that is part of the program.\n\
-     `rvllm serve --help` lists the groups of flags.\n"
-        .into()
+    let mut out = format!(
+        "{}\n\nA drop-in replacement for `vllm serve` for LFM2 models.\n\ncommands:\n",
+        top_usage()
+    );
+    for command in Command::ALL {
+        out += &format!("  {:<20} {}\n", command.path(), command.about());
+    }
+    out + "\n`rvllm serve demo` serves a small model that is part of the program.\n\
+           `rvllm serve --help` lists the groups of flags, `rvllm serve MODEL --dry-run` says what a command line will do.\n"
+}
+
+/// The usage line of the program.
+pub fn top_usage() -> String {
+    let mut names: Vec<&str> = Command::ALL
+        .iter()
+        .map(|command| command.path().split(' ').next().unwrap_or_default())
+        .collect();
+    names.dedup();
+    format!("usage: rvllm [-h] [-v] {{{}}} ...", names.join(","))
 }
 
 /// The usage lines before an error.
@@ -32,6 +42,10 @@ pub fn usage(command: Command) -> String {
 pub fn render(set: &FlagSet, filter: &str) -> Result<String, String> {
     let mut out = usage(set.command) + "\n";
     let path = set.command.path();
+    let filter = match filter {
+        "" if !set.command.runs_engine() => "all",
+        filter => filter,
+    };
     if filter.is_empty() {
         out += "\nGroups:\n";
         for group in set.groups() {

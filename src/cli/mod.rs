@@ -1,8 +1,8 @@
 //! Flags exactly as vLLM spells them: a table of every flag, one typed struct per group of `vllm serve --help`.
 //!
 //! [`parse`] goes through four steps: [`normalize`] reads the tokens as argparse would, [`command`] reads the values and
-//! asks the table ([`table`], `flags.json`) what becomes of each flag, the groups are handed to [`config`](crate::config)
-//! as its [`args`](crate::config::args).
+//! asks the table ([`table`]: `flags.json` for `serve`, `subcommands.json` for what the others have of their own) what becomes
+//! of each flag, the groups are handed to [`config`](crate::config) as its [`args`](crate::config::args).
 
 mod command;
 pub mod compatibility;
@@ -11,16 +11,15 @@ mod help;
 mod normalize;
 #[cfg(test)]
 mod resolution_tests;
+mod subcommands;
 mod table;
 #[cfg(test)]
 mod tests;
 mod values;
 
-use std::path::PathBuf;
-
-use serde::Deserialize;
-
-use crate::config::args::{BenchArgs, BenchKind, Notice, ServeArgs};
+use crate::config::args::{
+    BenchArgs, BenchServeArgs, BenchStartupArgs, ChatArgs, CompleteArgs, Effect, Notice, RunBatchArgs, ServeArgs,
+};
 use command::Values;
 use normalize::{Normalized, normalize};
 use table::{Command, FlagSet};
@@ -29,7 +28,14 @@ use table::{Command, FlagSet};
 #[derive(Clone, Debug)]
 pub enum Invocation {
     Serve(ServeArgs),
+    Chat(ChatArgs),
+    Complete(CompleteArgs),
+    /// `latency` or `throughput`.
     Bench(BenchArgs),
+    BenchStartup(BenchStartupArgs),
+    BenchServe(Box<BenchServeArgs>),
+    RunBatch(RunBatchArgs),
+    CollectEnv,
     /// Text for stdout: help, version.
     Print(String),
 }
@@ -62,9 +68,7 @@ pub fn render_error(argv: &[String], error: &CliError) -> String {
         (CliError::Usage(message), Ok(Subcommand::Flags(command, _))) => {
             format!("{}\nrvllm {}: error: {message}", help::usage(command), command.path())
         }
-        (CliError::Usage(message), _) => {
-            format!("usage: rvllm [-h] [-v] {{serve,bench}} ...\nrvllm: error: {message}")
-        }
+        (CliError::Usage(message), _) => format!("{}\nrvllm: error: {message}", help::top_usage()),
     }
 }
 
@@ -88,13 +92,13 @@ pub fn parse(argv: &[String]) -> Result<Invocation, CliError> {
         let file = config_file::read(&set, &path.clone())?;
         normalized.fill_from(file);
     }
+    if command != Command::Serve && (normalized.dry_run.is_some() || normalized.dry_run_device_memory.is_some()) {
+        return Err(CliError::Usage("unrecognized arguments: --dry-run is for serve".into()));
+    }
     let values = Values::read(&set, &normalized)?;
-    let notices = values.judge(&normalized)?;
     match command {
-        Command::Serve => Ok(Invocation::Serve(serve_args(command, normalized, &values, notices)?)),
-        Command::BenchLatency | Command::BenchThroughput => {
-            Ok(Invocation::Bench(bench_args(command, normalized, &values, notices)?))
-        }
+        Command::Serve => Ok(Invocation::Serve(serve_args(command, normalized, &values)?)),
+        _ => subcommands::invocation(command, normalized, &values),
     }
 }
 
@@ -111,38 +115,58 @@ fn subcommand(argv: &[String]) -> Result<Subcommand<'_>, CliError> {
     match first.as_str() {
         "-h" | "--help" => Ok(Subcommand::Print(help::top())),
         "-v" | "--version" => Ok(Subcommand::Print(format!("{}\n", env!("CARGO_PKG_VERSION")))),
-        "serve" => Ok(Subcommand::Flags(Command::Serve, &argv[1..])),
         "bench" => match argv.get(1).map(String::as_str) {
-            Some("latency") => Ok(Subcommand::Flags(Command::BenchLatency, &argv[2..])),
-            Some("throughput") => Ok(Subcommand::Flags(Command::BenchThroughput, &argv[2..])),
-            Some("-h" | "--help") => Ok(Subcommand::Print(help::top())),
-            Some(other @ ("serve" | "startup" | "sweep" | "mm-processor" | "forward")) => Err(CliError::Refused(
-                format!("bench {other} is not built; `vllm bench serve` can measure this server from another machine"),
-            )),
-            Some(other) => Err(CliError::Usage(format!(
-                "argument bench_type: invalid choice: '{other}' (choose from latency, throughput)"
-            ))),
             None => Err(CliError::Usage(
                 "the following arguments are required: bench_type".into(),
             )),
+            Some("-h" | "--help") => Ok(Subcommand::Print(help::top())),
+            Some(other @ ("sweep" | "mm-processor" | "forward" | "iterations")) => Err(CliError::Refused(format!(
+                "bench {other} is not built; use bench latency, throughput, startup or serve, in a loop for a sweep"
+            ))),
+            Some(other) => match named(&format!("bench {other}")) {
+                Some(command) => Ok(Subcommand::Flags(command, &argv[2..])),
+                None => Err(CliError::Usage(format!(
+                    "argument bench_type: invalid choice: '{other}' (choose from latency, throughput, startup, serve)"
+                ))),
+            },
         },
-        other @ ("chat" | "complete" | "collect-env" | "run-batch" | "launch" | "download-kernels" | "preload"
-        | "snapshot") => Err(CliError::Refused(format!(
-            "{other} is not built; use an OpenAI client against `rvllm serve`"
+        "launch" => Err(CliError::Refused(
+            "launch is not built; /tokenize renders a chat without running it".into(),
+        )),
+        other @ ("download-kernels" | "preload" | "snapshot") => Err(CliError::Refused(format!(
+            "{other} has nothing to do here: kernels are part of the program, and a start takes seconds"
         ))),
         flag if flag.starts_with('-') => Ok(Subcommand::Flags(Command::Serve, argv)),
-        other => Err(CliError::Usage(format!(
-            "argument subparser: invalid choice: '{other}' (choose from serve, bench)"
-        ))),
+        other => match named(other) {
+            Some(command) => Ok(Subcommand::Flags(command, &argv[1..])),
+            None => Err(CliError::Usage(format!(
+                "argument subparser: invalid choice: '{other}' (choose from chat, complete, serve, bench, collect-env, \
+                 run-batch)"
+            ))),
+        },
     }
 }
 
-fn serve_args(
-    command: Command,
-    normalized: Normalized,
-    values: &Values,
-    notices: Vec<Notice>,
-) -> Result<ServeArgs, CliError> {
+fn named(path: &str) -> Option<Command> {
+    Command::ALL.into_iter().find(|command| command.path() == path)
+}
+
+/// The engine's part of the command line.
+///
+/// # Errors
+/// A flag that is refused has another value than its default, except in a dry run, which lists it; or flags contradict one
+/// another.
+fn serve_args(command: Command, normalized: Normalized, values: &Values) -> Result<ServeArgs, CliError> {
+    let given = values.judge(&normalized);
+    let refused = given.iter().find(|flag| flag.effect == Effect::Refused);
+    if let Some(flag) = refused.filter(|_| normalized.dry_run.is_none()) {
+        return Err(CliError::Refused(flag.text.clone()));
+    }
+    let ineffective = given.iter().take(normalized.occurrences.len());
+    let notices: Vec<Notice> = ineffective
+        .filter(|flag| flag.effect == Effect::Accepted)
+        .map(|flag| Notice::Info(format!("{} has no effect: {}", flag.flag, flag.text)))
+        .collect();
     let flag_model = normalized.values("model").and_then(|values| values.first().cloned());
     let mut positionals = normalized.positionals.into_iter();
     let positional = positionals.next();
@@ -177,8 +201,15 @@ fn serve_args(
         vllm: values.group()?,
         device: normalized.device,
         dry_run: normalized.dry_run,
+        dry_run_device_memory: normalized.dry_run_device_memory,
+        given,
         notices: all_notices,
     };
+    if args.dry_run.is_none() && args.dry_run_device_memory.is_some() {
+        return Err(CliError::Usage(
+            "argument --dry-run-device-memory: only with --dry-run".into(),
+        ));
+    }
     check(&args)?;
     Ok(args)
 }
@@ -197,61 +228,4 @@ fn check(args: &ServeArgs) -> Result<(), CliError> {
         ));
     }
     Ok(())
-}
-
-/// Flags of the bench subcommands as typed.
-#[derive(Deserialize)]
-struct BenchFlags {
-    input_len: Option<i64>,
-    output_len: Option<i64>,
-    n: i64,
-    output_json: Option<PathBuf>,
-    disable_detokenize: bool,
-    #[serde(default)]
-    batch_size: i64,
-    #[serde(default)]
-    num_iters_warmup: i64,
-    #[serde(default)]
-    num_iters: i64,
-    #[serde(default)]
-    num_prompts: i64,
-}
-
-fn bench_args(
-    command: Command,
-    normalized: Normalized,
-    values: &Values,
-    notices: Vec<Notice>,
-) -> Result<BenchArgs, CliError> {
-    let flags: BenchFlags = values.group()?;
-    let at_least = |flag: &str, value: i64, least: i64| {
-        let message = || CliError::Usage(format!("argument {flag}: {value} is less than {least}"));
-        usize::try_from(value)
-            .ok()
-            .filter(|v| *v >= least as usize)
-            .ok_or_else(message)
-    };
-    let (input_len, output_len) = match command {
-        Command::BenchThroughput => (flags.input_len.unwrap_or(1024), flags.output_len.unwrap_or(128)),
-        Command::BenchLatency | Command::Serve => (flags.input_len.unwrap_or(32), flags.output_len.unwrap_or(128)),
-    };
-    let kind = match command {
-        Command::BenchThroughput => BenchKind::Throughput {
-            num_prompts: at_least("--num-prompts", flags.num_prompts, 1)?,
-        },
-        Command::BenchLatency | Command::Serve => BenchKind::Latency {
-            batch_size: at_least("--batch-size", flags.batch_size, 1)?,
-            num_iters_warmup: at_least("--num-iters-warmup", flags.num_iters_warmup, 0)?,
-            num_iters: at_least("--num-iters", flags.num_iters, 1)?,
-        },
-    };
-    Ok(BenchArgs {
-        kind,
-        input_len: at_least("--input-len", input_len, 1)?,
-        output_len: at_least("--output-len", output_len, 1)?,
-        n: at_least("--n", flags.n, 1)?,
-        output_json: flags.output_json,
-        disable_detokenize: flags.disable_detokenize,
-        engine: serve_args(command, normalized, values, notices)?,
-    })
 }

@@ -7,8 +7,8 @@ use serde_json::{Map, Value};
 
 use super::CliError;
 use super::table::{self, Flag, FlagSet, Kind, LegacyFlag, Nargs, Takes, Verdict};
-use super::values::{insert_at, parse_bool, parse_dotted_value};
-use crate::config::args::{DeviceChoice, Notice};
+use super::values::{human_int, insert_at, parse_bool, parse_dotted_value};
+use crate::config::args::{DeviceChoice, DryRun, Effect, GivenFlag, Notice};
 
 /// Deeper objects than any configuration has; JSON itself is read to this depth.
 const MAX_DOTTED_KEYS: usize = 128;
@@ -26,8 +26,12 @@ pub struct Occurrence {
 pub struct Normalized {
     pub occurrences: Vec<Occurrence>,
     pub positionals: Vec<String>,
+    /// Flags of older releases and of our own, with what becomes of them.
+    pub legacy: Vec<GivenFlag>,
     pub device: DeviceChoice,
-    pub dry_run: bool,
+    pub dry_run: Option<DryRun>,
+    /// `--dry-run-device-memory`, in bytes.
+    pub dry_run_device_memory: Option<u64>,
     pub notices: Vec<Notice>,
     /// `--help` (`Some("")`) or `--help=filter`; nothing after it was read.
     pub help: Option<String>,
@@ -51,7 +55,9 @@ impl Normalized {
         let new: Vec<Occurrence> = new.collect();
         self.occurrences.extend(new);
         self.notices.extend(other.notices);
-        self.dry_run |= other.dry_run;
+        self.legacy.extend(other.legacy);
+        self.dry_run = self.dry_run.or(other.dry_run);
+        self.dry_run_device_memory = self.dry_run_device_memory.or(other.dry_run_device_memory);
         if self.device == DeviceChoice::Auto {
             self.device = other.device;
         }
@@ -70,36 +76,58 @@ impl Normalized {
         }
     }
 
+    /// Takes a flag of an older release or of our own. Whether a refused one ends the start is judged later.
+    ///
     /// # Errors
-    /// The flag is refused, or a value of `--device` is unknown.
+    /// The value of one of our own flags is none that it takes.
     pub(super) fn push_legacy(&mut self, legacy: &'static LegacyFlag, value: Option<&str>) -> Result<(), CliError> {
         let LegacyFlag { flag, text, here, .. } = legacy;
-        match here {
-            Verdict::Refused => Err(CliError::Refused(format!(
-                "{flag} is gone from vLLM and not supported: {text}"
-            ))),
+        let effect = match here {
+            Verdict::Refused => Effect::Refused,
             Verdict::Accepted => {
                 self.notices.push(Notice::Info(format!("{flag} has no effect: {text}")));
-                Ok(())
-            }
-            Verdict::Honoured if flag == "--dry-run" => {
-                self.dry_run = true;
-                Ok(())
+                Effect::Accepted
             }
             Verdict::Honoured => {
-                self.device = match value.unwrap_or_default() {
-                    "auto" => DeviceChoice::Auto,
-                    "cpu" => DeviceChoice::Cpu,
-                    "cuda" => DeviceChoice::Cuda,
-                    other => {
-                        let message =
-                            format!("argument {flag}: invalid choice: '{other}' (choose from 'auto', 'cpu', 'cuda')");
-                        return Err(CliError::Usage(message));
-                    }
-                };
-                Ok(())
+                self.honour_legacy(flag, value)?;
+                Effect::Honoured
             }
+        };
+        let text = match effect {
+            Effect::Refused => format!("{flag} is gone from vLLM and not supported: {text}"),
+            _ => text.clone(),
+        };
+        self.legacy.push(GivenFlag {
+            flag: flag.clone(),
+            value: value.unwrap_or_default().to_owned(),
+            effect,
+            text,
+        });
+        Ok(())
+    }
+
+    fn honour_legacy(&mut self, flag: &str, value: Option<&str>) -> Result<(), CliError> {
+        let invalid = |value: &str, choices: &str| {
+            CliError::Usage(format!(
+                "argument {flag}: invalid choice: '{value}' (choose from {choices})"
+            ))
+        };
+        match (flag, value.unwrap_or_default()) {
+            ("--dry-run", "" | "text" | "true") => self.dry_run = Some(DryRun::Text),
+            ("--dry-run", "json") => self.dry_run = Some(DryRun::Json),
+            ("--dry-run", other) => return Err(invalid(other, "'text', 'json'")),
+            ("--dry-run-device-memory", text) => {
+                let bytes = human_int(text).map_err(|e| CliError::Usage(format!("argument {flag}: {e}")))?;
+                let bytes = u64::try_from(bytes).ok().filter(|bytes| *bytes > 0);
+                let not_positive = || CliError::Usage(format!("argument {flag}: {text} is not positive"));
+                self.dry_run_device_memory = Some(bytes.ok_or_else(not_positive)?);
+            }
+            (_, "auto") => self.device = DeviceChoice::Auto,
+            (_, "cpu") => self.device = DeviceChoice::Cpu,
+            (_, "cuda") => self.device = DeviceChoice::Cuda,
+            (_, other) => return Err(invalid(other, "'auto', 'cpu', 'cuda'")),
         }
+        Ok(())
     }
 }
 
@@ -131,7 +159,7 @@ pub(super) fn look_up(set: &FlagSet, name: &str) -> Result<Option<Known>, CliErr
             .map_or(flag.name(), String::as_str);
         return Ok(Some(Known::Flag { flag, spelling }));
     }
-    if let Some(legacy) = table::legacy(&name) {
+    if let Some(legacy) = table::legacy(&name).filter(|_| set.command.runs_engine()) {
         return Ok(Some(Known::Legacy(legacy)));
     }
     if name.len() < 2 || name == "--" {
@@ -214,8 +242,8 @@ impl<'a> Reader<'a> {
     }
 
     fn flag(&mut self, token: &'a str) -> Result<(), CliError> {
-        if let Some(level) = token.strip_prefix("-O") {
-            return self.optimization_level(level);
+        if let (Some(level), Some(flag)) = (token.strip_prefix("-O"), self.set.get("--optimization-level")) {
+            return self.optimization_level(flag, level);
         }
         let (head, explicit) = token
             .split_once('=')
@@ -288,6 +316,7 @@ impl<'a> Reader<'a> {
     fn legacy_flag(&mut self, legacy: &'static LegacyFlag, explicit: Option<&str>) -> Result<(), CliError> {
         let values = match legacy.takes {
             Takes::None => Vec::new(),
+            Takes::Explicit => explicit.map(str::to_owned).into_iter().collect(),
             Takes::One | Takes::Optional => self.values(explicit, 1),
             Takes::Many => self.values(explicit, usize::MAX),
         };
@@ -301,15 +330,12 @@ impl<'a> Reader<'a> {
     }
 
     /// `-O3`, `-O=3`, `-O 3`.
-    fn optimization_level(&mut self, level: &str) -> Result<(), CliError> {
+    fn optimization_level(&mut self, flag: &'static Flag, level: &str) -> Result<(), CliError> {
         let explicit = match level.strip_prefix('=') {
             Some(value) => Some(value),
             None => (!level.is_empty()).then_some(level),
         };
-        match self.set.get("--optimization-level") {
-            Some(flag) => self.known_flag(flag, flag.name(), explicit),
-            None => Ok(()),
-        }
+        self.known_flag(flag, flag.name(), explicit)
     }
 
     /// `--a.b.c v`, `--a.b.c=v`, `--a.b+ v`, `--a.b+=v1,v2`.

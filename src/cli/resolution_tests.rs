@@ -117,7 +117,6 @@ fn defaults_are_vllms() {
         (32 << 20, 5, 10.0)
     );
     assert_eq!((device.kind, device.threads), (DeviceKind::Cpu, 6));
-    assert!(!config.summary().is_empty());
 }
 
 #[test]

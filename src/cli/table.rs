@@ -18,6 +18,8 @@ pub enum Kind {
     Str,
     Int,
     Float,
+    /// `inf` = null: no bound.
+    FloatOrInf,
     /// `1k` = 1000, `1K` = 1024, … up to T.
     HumanInt,
     /// As above, or `auto` = -1.
@@ -68,7 +70,7 @@ pub struct Flag {
     pub flags: Vec<String>,
     /// Group of `--help`.
     pub group: String,
-    /// Bench subcommands that have it; empty = all.
+    /// Subcommands that have it ([`Command::path`]); none for a flag of `serve`.
     #[serde(default)]
     pub commands: Vec<String>,
     #[serde(rename = "type")]
@@ -134,10 +136,12 @@ pub enum Takes {
     None,
     One,
     Optional,
+    /// Only one written behind `=`.
+    Explicit,
     Many,
 }
 
-/// A flag of older vLLM releases. Not abbreviable.
+/// A flag of older vLLM releases, or our own. Not abbreviable.
 #[derive(Debug, Deserialize)]
 pub struct LegacyFlag {
     pub flag: String,
@@ -149,28 +153,84 @@ pub struct LegacyFlag {
 #[derive(Debug, Deserialize)]
 pub struct Table {
     pub serve: Vec<Flag>,
-    pub bench: Vec<Flag>,
     pub legacy: Vec<LegacyFlag>,
 }
 
-/// The table of this build.
+/// The flags of `serve`.
 pub static TABLE: LazyLock<Table> =
     LazyLock::new(|| serde_json::from_str(include_str!("flags.json")).expect("flags.json is checked by tests"));
+
+/// The flags that the other subcommands have of their own.
+pub static SUBCOMMAND_FLAGS: LazyLock<Vec<Flag>> = LazyLock::new(|| {
+    serde_json::from_str(include_str!("subcommands.json")).expect("subcommands.json is checked by tests")
+});
 
 /// The subcommands that read flags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     Serve,
+    Chat,
+    Complete,
     BenchLatency,
     BenchThroughput,
+    BenchStartup,
+    BenchServe,
+    RunBatch,
+    CollectEnv,
 }
 
 impl Command {
+    pub const ALL: [Command; 9] = [
+        Command::Serve,
+        Command::Chat,
+        Command::Complete,
+        Command::BenchLatency,
+        Command::BenchThroughput,
+        Command::BenchStartup,
+        Command::BenchServe,
+        Command::RunBatch,
+        Command::CollectEnv,
+    ];
+
+    /// As it is typed.
     pub fn path(self) -> &'static str {
         match self {
             Command::Serve => "serve",
+            Command::Chat => "chat",
+            Command::Complete => "complete",
             Command::BenchLatency => "bench latency",
             Command::BenchThroughput => "bench throughput",
+            Command::BenchStartup => "bench startup",
+            Command::BenchServe => "bench serve",
+            Command::RunBatch => "run-batch",
+            Command::CollectEnv => "collect-env",
+        }
+    }
+
+    /// A line for `rvllm --help`.
+    pub fn about(self) -> &'static str {
+        match self {
+            Command::Serve => "Serve a model over HTTP.",
+            Command::Chat => "Talk to a running server.",
+            Command::Complete => "Have a running server continue a text.",
+            Command::BenchLatency => "Time one batch, in process.",
+            Command::BenchThroughput => "Tokens per second over many prompts, in process.",
+            Command::BenchStartup => "Time the start, cold and warm, phase by phase.",
+            Command::BenchServe => "Put load on a running server.",
+            Command::RunBatch => "Answer an OpenAI batch file.",
+            Command::CollectEnv => "Print what a bug report needs.",
+        }
+    }
+
+    /// It runs the engine, and so has every flag of `serve`.
+    pub fn runs_engine(self) -> bool {
+        match self {
+            Command::Serve
+            | Command::BenchLatency
+            | Command::BenchThroughput
+            | Command::BenchStartup
+            | Command::RunBatch => true,
+            Command::Chat | Command::Complete | Command::BenchServe | Command::CollectEnv => false,
         }
     }
 }
@@ -183,18 +243,19 @@ pub struct FlagSet {
 }
 
 impl FlagSet {
-    /// The bench subcommands have their own flags beside every flag of `serve`.
+    /// Own flags, and those of `serve` where the subcommand runs the engine. An own flag stands for one of `serve` that is
+    /// spelled the same.
     pub fn new(command: Command) -> Self {
-        let bench_name = match command {
-            Command::Serve => None,
-            Command::BenchLatency => Some("latency"),
-            Command::BenchThroughput => Some("throughput"),
-        };
-        let own = TABLE
-            .bench
+        let own: Vec<&'static Flag> = SUBCOMMAND_FLAGS
             .iter()
-            .filter(|f| bench_name.is_some_and(|name| f.commands.iter().any(|c| c == name)));
-        let flags: Vec<&'static Flag> = TABLE.serve.iter().chain(own).collect();
+            .filter(|f| f.commands.iter().any(|c| c == command.path()))
+            .collect();
+        let is_own = |flag: &Flag| own.iter().any(|o| o.flags.iter().any(|s| flag.flags.contains(s)));
+        let of_serve = TABLE.serve.iter().filter(|f| match command.runs_engine() {
+            true => !is_own(f),
+            false => f.kind == Kind::Help,
+        });
+        let flags: Vec<&'static Flag> = of_serve.chain(own.iter().copied()).collect();
         let by_spelling = flags
             .iter()
             .flat_map(|&f| f.flags.iter().map(move |s| (s.as_str(), f)))
@@ -236,6 +297,7 @@ impl FlagSet {
     }
 }
 
+/// A flag of an older release.
 pub fn legacy(spelling: &str) -> Option<&'static LegacyFlag> {
     TABLE.legacy.iter().find(|l| l.flag == spelling)
 }

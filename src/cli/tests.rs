@@ -4,10 +4,10 @@ use serde_json::{Value, json};
 
 use super::command::Values;
 use super::normalize::normalize;
-use super::table::{Command, FlagSet, Kind, Nargs, TABLE, Verdict};
+use super::table::{Command, FlagSet, Kind, SUBCOMMAND_FLAGS, TABLE, Verdict};
 use super::values::human_int;
 use super::{CliError, Invocation, parse, render_error};
-use crate::config::args::{BenchKind, DeviceChoice, Notice, ServeArgs};
+use crate::config::args::{BenchKind, DeviceChoice, DryRun, Effect, Notice, ServeArgs};
 
 fn argv(line: &[&str]) -> Vec<String> {
     line.iter().map(|s| s.to_string()).collect()
@@ -56,7 +56,7 @@ fn every_flag_takes_its_default_and_a_value() {
                     choice.clone(),
                 ),
                 (None, Kind::Int) => (Some("7".to_owned()), json!(7)),
-                (None, Kind::Float) => (Some("0.5".to_owned()), json!(0.5)),
+                (None, Kind::Float | Kind::FloatOrInf) => (Some("0.5".to_owned()), json!(0.5)),
                 (None, Kind::HumanInt | Kind::HumanIntOrAuto) => (Some("2k".to_owned()), json!(2000)),
                 (None, Kind::Json | Kind::JsonOrStr) => (Some(r#"{"a": [1, "b"]}"#.to_owned()), json!({"a": [1, "b"]})),
                 (None, Kind::Str | Kind::Help) => (Some("some text".to_owned()), json!("some text")),
@@ -71,7 +71,7 @@ fn every_flag_takes_its_default_and_a_value() {
 #[test]
 fn the_table_is_consistent() {
     assert_eq!(TABLE.serve.len(), 322);
-    for flag in TABLE.serve.iter().chain(&TABLE.bench) {
+    for flag in TABLE.serve.iter().chain(SUBCOMMAND_FLAGS.iter()) {
         assert!(!flag.text.is_empty(), "{}", flag.name());
         assert_eq!(
             flag.otherwise.is_some(),
@@ -80,7 +80,7 @@ fn the_table_is_consistent() {
             flag.name()
         );
     }
-    for command in [Command::Serve, Command::BenchLatency, Command::BenchThroughput] {
+    for command in Command::ALL {
         let set = FlagSet::new(command);
         let mut spellings: Vec<&String> = set.iter().flat_map(|f| &f.flags).collect();
         let all = spellings.len();
@@ -520,8 +520,79 @@ fn help_can_be_filtered() {
 fn other_subcommands_are_named() {
     assert_eq!(parse(&argv(&["frobnicate"])).unwrap_err().exit_code(), 2);
     assert_eq!(parse(&argv(&["bench"])).unwrap_err().exit_code(), 2);
-    assert_eq!(parse(&argv(&["bench", "serve"])).unwrap_err().exit_code(), 1);
-    assert_eq!(parse(&argv(&["collect-env"])).unwrap_err().exit_code(), 1);
+    assert_eq!(parse(&argv(&["bench", "frobnicate"])).unwrap_err().exit_code(), 2);
+    for line in [&["bench", "sweep"][..], &["launch", "render"], &["preload"]] {
+        assert_eq!(parse(&argv(line)).unwrap_err().exit_code(), 1, "{line:?}");
+    }
+    let help = match parse(&argv(&["--help"])).unwrap() {
+        Invocation::Print(text) => text,
+        other => panic!("{other:?}"),
+    };
+    for command in Command::ALL {
+        assert!(
+            help.contains(command.path()) && help.contains(command.about()),
+            "{}",
+            command.path()
+        );
+    }
+}
+
+#[test]
+fn every_subcommand_flag_belongs_to_one() {
+    for flag in SUBCOMMAND_FLAGS.iter() {
+        assert!(!flag.commands.is_empty(), "{}", flag.name());
+        for command in &flag.commands {
+            assert!(
+                Command::ALL.iter().any(|c| c.path() == command),
+                "{}: {command}",
+                flag.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn a_dry_run_lists_every_flag() {
+    let args = serve(&[
+        "--dry-run=json",
+        "--port",
+        "1",
+        "--api-key",
+        "secret",
+        "--trust-remote-code",
+        "--enable-lora",
+        "--rope-theta",
+        "3",
+        "--dry-run-device-memory=80G",
+    ])
+    .unwrap();
+    assert_eq!(args.dry_run, Some(DryRun::Json));
+    assert_eq!(args.dry_run_device_memory, Some(80 << 30));
+    let seen: Vec<(&str, &str, Effect)> = args
+        .given
+        .iter()
+        .map(|g| (g.flag.as_str(), g.value.as_str(), g.effect))
+        .collect();
+    assert_eq!(
+        seen[..4],
+        [
+            ("--port", "1", Effect::Honoured),
+            ("--api-key", "***", Effect::Honoured),
+            ("--trust-remote-code", "true", Effect::Accepted),
+            ("--enable-lora", "true", Effect::Refused),
+        ]
+    );
+    assert!(seen.contains(&("--rope-theta", "3", Effect::Refused)));
+    assert!(!format!("{:?}", args.given).contains("secret"));
+
+    assert_eq!(
+        serve(&["--dry-run", "--port", "1"]).unwrap().dry_run,
+        Some(DryRun::Text)
+    );
+    assert!(usage_error(&["--dry-run=xml"]).contains("invalid choice: 'xml'"));
+    assert!(usage_error(&["--dry-run-device-memory", "1G"]).contains("only with --dry-run"));
+    assert!(usage_error(&["--dry-run", "--dry-run-device-memory", "0"]).contains("not positive"));
+    assert!(refusal(&["--rope-theta", "3"]).contains("--hf-overrides"));
 }
 
 #[test]
@@ -579,10 +650,5 @@ fn bench_has_the_engine_flags() {
             .exit_code(),
         1
     );
-    assert_eq!(
-        FlagSet::new(Command::Serve)
-            .get("--batch-size")
-            .map(|f| f.nargs == Some(Nargs::Many)),
-        None
-    );
+    assert!(FlagSet::new(Command::Serve).get("--batch-size").is_none());
 }

@@ -4,8 +4,16 @@
 //! `_`), and [`resolve`](super::resolve), which decides what they mean. Flags that are refused or without effect are
 //! settled by the table and do not appear.
 
+mod bench;
+mod client;
+
 use serde::Deserialize;
 use serde_json::{Map, Value};
+
+pub use bench::{
+    Arrivals, BenchArgs, BenchKind, BenchServeArgs, BenchStartupArgs, Dataset, Ramp, ResultArgs, Sampling,
+};
+pub use client::{ChatArgs, ClientArgs, CompleteArgs, RunBatchArgs};
 
 use super::DeviceKind;
 
@@ -28,7 +36,11 @@ pub struct ServeArgs {
     pub vllm: VllmArgs,
     pub device: DeviceChoice,
     /// `--dry-run`: decide, print, stop.
-    pub dry_run: bool,
+    pub dry_run: Option<DryRun>,
+    /// `--dry-run-device-memory`: bytes of the one device that a dry run plans for.
+    pub dry_run_device_memory: Option<u64>,
+    /// Every flag of the command line and the configuration file, and what becomes of it.
+    pub given: Vec<GivenFlag>,
     /// What the command line said that has no effect or is deprecated; one log line each.
     pub notices: Vec<Notice>,
 }
@@ -38,6 +50,35 @@ pub struct ServeArgs {
 pub enum Notice {
     Info(String),
     Warning(String),
+}
+
+/// How a dry run prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DryRun {
+    Text,
+    Json,
+}
+
+/// A flag that was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GivenFlag {
+    /// Its name, with dashes.
+    pub flag: String,
+    /// Its value; secrets are masked.
+    pub value: String,
+    pub effect: Effect,
+    /// Honoured: what it does. Accepted: why it has no effect. Refused: the message.
+    pub text: String,
+}
+
+/// What becomes of a flag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    Honoured,
+    /// It has the only value that this server has.
+    Unchanged,
+    Accepted,
+    Refused,
 }
 
 /// `--device`, which vLLM had before it chose by itself.
@@ -64,7 +105,6 @@ pub struct FrontendArgs {
     pub default_chat_template_kwargs: Option<Map<String, Value>>,
     pub reasoning_effort_map: Option<Map<String, Value>>,
     pub response_role: String,
-    pub anthropic_disabled_thinking_effort: String,
     pub return_tokens_as_token_ids: bool,
     pub enable_auto_tool_choice: bool,
     pub exclude_tools_when_tool_choice_none: bool,
@@ -171,35 +211,6 @@ pub struct LoggingArgs {
 #[derive(Clone, Debug, Deserialize)]
 pub struct VllmArgs {
     pub performance_mode: String,
-}
-
-/// What `rvllm bench latency` and `rvllm bench throughput` were asked for.
-#[derive(Clone, Debug)]
-pub struct BenchArgs {
-    pub kind: BenchKind,
-    /// Prompt tokens.
-    pub input_len: usize,
-    /// Generated tokens per sequence.
-    pub output_len: usize,
-    /// Sequences per prompt.
-    pub n: usize,
-    pub output_json: Option<std::path::PathBuf>,
-    pub disable_detokenize: bool,
-    /// The engine flags.
-    pub engine: ServeArgs,
-}
-
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BenchKind {
-    /// Seconds for one batch, over iterations.
-    Latency {
-        batch_size: usize,
-        num_iters_warmup: usize,
-        num_iters: usize,
-    },
-    /// Tokens per second over many prompts sent at once.
-    Throughput { num_prompts: usize },
 }
 
 /// What the machine offers; found once at start, a value so that tests can choose it.

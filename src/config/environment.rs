@@ -3,27 +3,54 @@
 use std::collections::{BTreeMap, HashSet};
 use std::sync::LazyLock;
 
+use serde::Deserialize;
+
 use super::args::Notice;
 use super::resolve::ConfigError;
 
 /// Every `VLLM_*` name of vLLM 0.33.
 static KNOWN: LazyLock<HashSet<&str>> = LazyLock::new(|| include_str!("vllm_variables.txt").lines().collect());
 
-/// Those that change something here.
-const HONOURED: [&str; 12] = [
-    "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-    "VLLM_API_KEY",
-    "VLLM_CONFIGURE_LOGGING",
-    "VLLM_CPU_KVCACHE_SPACE",
-    "VLLM_HTTP_MAX_REQUEST_BODY_SIZE",
-    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
-    "VLLM_LOGGING_COLOR",
-    "VLLM_LOGGING_LEVEL",
-    "VLLM_LOGGING_STREAM",
-    "VLLM_LOG_STATS_INTERVAL",
-    "VLLM_SERVER_DEV_MODE",
-];
+/// Variables that are honoured or refused, and those without effect that deserve a reason.
+static VARIABLES: LazyLock<Vec<Variable>> =
+    LazyLock::new(|| serde_json::from_str(include_str!("variables.json")).expect("variables.json is checked by tests"));
+
+/// An environment variable and what becomes of it.
+#[derive(Debug, Deserialize)]
+pub struct Variable {
+    pub name: String,
+    pub here: VariableUse,
+    /// Honoured: what it does. Accepted: why it has no effect. Refused: what to do instead.
+    pub text: String,
+}
+
+/// What this server does with a variable.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum VariableUse {
+    Honoured,
+    Accepted,
+    Refused,
+}
+
+/// The variables that have a row of their own in docs/compatibility.md.
+pub fn variables() -> &'static [Variable] {
+    &VARIABLES
+}
+
+/// The `VLLM_*` names without effect and without a row, in vLLM's order.
+pub fn without_effect() -> impl Iterator<Item = &'static str> {
+    let listed = |name: &&str| VARIABLES.iter().any(|variable| variable.name == *name);
+    include_str!("vllm_variables.txt")
+        .lines()
+        .filter(move |name| !listed(name))
+}
+
+fn is_honoured(name: &str) -> bool {
+    VARIABLES
+        .iter()
+        .any(|variable| variable.name == name && variable.here == VariableUse::Honoured)
+}
 
 /// A copy of the environment, so that its meaning can be tested.
 #[derive(Clone, Debug, Default)]
@@ -48,7 +75,7 @@ impl Environment {
             .filter(|value| !value.is_empty())
     }
 
-    /// Every variable and its value, by name.
+    /// Names and values, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.variables
             .iter()
@@ -95,7 +122,7 @@ impl Environment {
         };
         let mut notices = Vec::new();
         let ineffective: Vec<&str> = set()
-            .filter(|name| KNOWN.contains(name) && !HONOURED.contains(name))
+            .filter(|name| KNOWN.contains(name) && !is_honoured(name))
             .collect();
         if !ineffective.is_empty() {
             notices.push(Notice::Info(format!(
@@ -186,8 +213,57 @@ mod tests {
     }
 
     #[test]
-    fn honoured_names_are_vllms() {
-        assert!(HONOURED.iter().all(|name| KNOWN.contains(name)));
+    fn the_table_is_consistent() {
+        let mut names: Vec<&str> = variables().iter().map(|variable| variable.name.as_str()).collect();
+        for variable in variables() {
+            let is_vllms = !variable.name.starts_with("VLLM_") || KNOWN.contains(variable.name.as_str());
+            assert!(is_vllms && !variable.text.is_empty(), "{}", variable.name);
+        }
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all, "a name occurs twice");
         assert_eq!(KNOWN.len(), include_str!("vllm_variables.txt").lines().count());
+        let refused = variables()
+            .iter()
+            .filter(|variable| variable.here == VariableUse::Refused);
+        for variable in refused {
+            let message = environment(&[(&variable.name, "1")]).check(false).unwrap_err();
+            assert_eq!(
+                (message.parameter, message.message),
+                (variable.name.clone(), variable.text.clone())
+            );
+        }
+    }
+
+    /// `"NAME"` in code that reads the environment means that the table calls NAME honoured or refused.
+    #[test]
+    fn every_variable_that_is_read_is_in_the_table() {
+        let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/config");
+        let mut read = Vec::new();
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_none_or(|extension| extension != "rs") {
+                continue;
+            }
+            let source = std::fs::read_to_string(&path).unwrap();
+            let code = source.split("#[cfg(test)]").next().unwrap_or_default();
+            for call in ["env.get(\"", "env.is_on(\"", "parsed::<"] {
+                let calls = code.split(call).skip(1);
+                let quoted = calls.filter_map(|rest| match call.ends_with('"') {
+                    true => rest.split('"').next(),
+                    false => rest.split('"').nth(1),
+                });
+                read.extend(quoted.map(str::to_owned));
+            }
+        }
+        assert!(read.len() > 10, "{read:?}");
+        for name in read {
+            let found = variables().iter().find(|variable| variable.name == name);
+            assert!(
+                found.is_some_and(|v| v.here != VariableUse::Accepted),
+                "{name} is read and has no row"
+            );
+        }
     }
 }

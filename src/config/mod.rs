@@ -40,7 +40,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// What was decided, a line each, without secrets: for logs and `--dry-run`.
+    /// What was decided, a line each, without secrets: for logs and `/server_info`.
     pub fn summary(&self) -> String {
         let Self {
             model,
@@ -199,8 +199,6 @@ pub struct ChatConfig {
     pub auto_tool_choice: bool,
     pub exclude_tools_when_none: bool,
     pub response_role: String,
-    /// What Anthropic's `thinking: disabled` asks of the template; none = what the template can do.
-    pub anthropic_disabled_thinking_effort: Option<String>,
 }
 
 /// Which parser reads the model's output.

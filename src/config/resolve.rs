@@ -93,7 +93,7 @@ fn device(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result<Devi
         DeviceChoice::Cuda if machine.gpus.is_empty() => {
             return Err(ConfigError::new(
                 "--device",
-                "cuda: no CUDA device, or a build without CUDA; use cpu",
+                "cuda: no CUDA device, or a build without CUDA; use cpu (or --dry-run-device-memory with --dry-run)",
             ));
         }
         DeviceChoice::Auto | DeviceChoice::Cuda => DeviceKind::Cuda { ordinal },
@@ -129,7 +129,8 @@ fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError
     };
     let locator = Locator::new(args, env)?;
     let revision = flags.revision.as_deref();
-    let files = locator.locate("model_tag", &name, revision, load_format == LoadFormat::Safetensors)?;
+    let weights = load_format == LoadFormat::Safetensors && args.dry_run.is_none();
+    let files = locator.locate("model_tag", &name, revision, weights)?;
     let tokenizer_files = match flags.tokenizer.as_deref() {
         None => files.clone(),
         Some(tokenizer) => locator.locate("--tokenizer", tokenizer, flags.tokenizer_revision.as_deref(), false)?,
@@ -305,8 +306,6 @@ fn chat(args: &ServeArgs, tokenizer_files: &ModelFiles) -> Result<ChatConfig, Co
         auto_tool_choice: flags.enable_auto_tool_choice,
         exclude_tools_when_none: flags.exclude_tools_when_tool_choice_none,
         response_role: flags.response_role.clone(),
-        anthropic_disabled_thinking_effort: Some(flags.anthropic_disabled_thinking_effort.clone())
-            .filter(|effort| effort != "auto"),
     })
 }
 

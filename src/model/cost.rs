@@ -21,6 +21,12 @@ pub struct ModelCost {
     pub kv_bytes_per_token: u64,
     /// Conv states of one sequence.
     pub conv_bytes_per_slot: u64,
+    /// Parameters that every token is multiplied with: all but the embedding, the head and the experts it does not choose.
+    pub parameters_per_token: u64,
+    /// Parameters of the head, which only tokens that sample need.
+    pub head_parameters: u64,
+    /// Q's width, summed over the attention layers.
+    pub attention_width: u64,
 }
 
 impl ModelCost {
@@ -32,8 +38,8 @@ impl ModelCost {
             Ffn::Moe { width } => 3 * width * config.hidden_size,
             Ffn::Dense { .. } => 0,
         };
-        let expert_bytes: usize = config.layers.iter().map(|layer| expert_elements(&layer.ffn)).sum();
-        let expert_bytes = (expert_bytes * dtype.size_bytes()) as u64;
+        let expert_parameters: usize = config.layers.iter().map(|layer| expert_elements(&layer.ffn)).sum();
+        let expert_bytes = (expert_parameters * dtype.size_bytes()) as u64;
         let (num_experts, experts_per_token) = config
             .route
             .map_or((0, 0), |route| (route.num_experts, route.experts_per_token));
@@ -44,10 +50,14 @@ impl ModelCost {
             config.vocab_size * config.hidden_size * dtype.size_bytes()
         };
         let shape = &config.attention;
+        let parameters: u64 = params.iter().map(|param| param.elements() as u64).sum();
+        let head_parameters = (config.vocab_size * config.hidden_size) as u64;
+        let tables = if config.tie_embeddings { 1 } else { 2 };
+        let unchosen = expert_parameters * (num_experts - experts_per_token);
         let kv_per_token = config.num_attention_layers() * 2 * shape.num_kv_heads * shape.head_dim;
         let conv_per_slot = config.num_conv_layers() * config.hidden_size * (config.conv_taps - 1);
         Self {
-            parameters: params.iter().map(|param| param.elements() as u64).sum(),
+            parameters,
             weight_bytes,
             shared_bytes: weight_bytes - expert_bytes * num_experts as u64 - table as u64,
             expert_bytes,
@@ -55,6 +65,9 @@ impl ModelCost {
             experts_per_token,
             kv_bytes_per_token: (kv_per_token * kv_dtype.size_bytes()) as u64,
             conv_bytes_per_slot: (conv_per_slot * dtype.size_bytes()) as u64,
+            parameters_per_token: parameters - tables * head_parameters - unchosen as u64,
+            head_parameters,
+            attention_width: (config.num_attention_layers() * shape.num_q_heads * shape.head_dim) as u64,
         }
     }
 
@@ -70,6 +83,15 @@ impl ModelCost {
     /// Bytes of weights that one decode step of `sequences` sequences must read, in expectation.
     pub fn decode_weight_bytes(&self, sequences: usize) -> f64 {
         self.shared_bytes as f64 + self.expert_bytes as f64 * self.distinct_experts(sequences)
+    }
+
+    /// Operations of the prefill of `sequences` prompts of `tokens` each: two for each multiplication with a parameter, one row
+    /// of logits a sequence, and QK and PV over half of the square.
+    pub fn prefill_flops(&self, sequences: usize, tokens: usize) -> f64 {
+        let tokens = tokens as f64;
+        let dense = 2.0 * self.parameters_per_token as f64 * tokens + 2.0 * self.head_parameters as f64;
+        let attention = 2.0 * self.attention_width as f64 * tokens * tokens;
+        sequences as f64 * (dense + attention)
     }
 
     /// Bytes that the step must move in all: weights, the KV of `context` tokens each, conv states in and out.
@@ -117,6 +139,15 @@ mod tests {
         assert!((cost.distinct_experts(8) - 32.0 * (1.0 - 0.875f64.powi(8))).abs() < 1e-9);
         assert!(cost.decode_weight_bytes(100_000) <= cost.weight_bytes as f64 + 1.0);
         assert_eq!(lfm2_5_8b().conv_replay_tokens(), 36);
+        // Of the 1.69 B parameters of a token, 0.26 B are the head's.
+        assert_eq!(cost.parameters_per_token + cost.head_parameters, 1_685_667_264);
+        assert_eq!((cost.head_parameters, cost.attention_width), (128_000 * 2048, 6 * 2048));
+        let one = cost.prefill_flops(1, 8192);
+        assert_eq!(
+            one,
+            2.0 * 1_423_523_264.0 * 8192.0 + 2.0 * 262_144_000.0 + 2.0 * 12_288.0 * 8192.0 * 8192.0
+        );
+        assert_eq!(cost.prefill_flops(16, 8192), 16.0 * one);
     }
 
     /// The published sizes of LFM2.5-350M.
