@@ -52,6 +52,23 @@ pub struct RenderRequest {
     pub will_be_cut: bool,
 }
 
+impl ChatRequest {
+    /// Moves out the part that makes the prompt.
+    pub fn take_render_request(&mut self) -> RenderRequest {
+        RenderRequest {
+            messages: std::mem::take(&mut self.messages),
+            tools: std::mem::take(&mut self.tools),
+            documents: std::mem::take(&mut self.documents),
+            add_generation_prompt: self.add_generation_prompt,
+            continue_final_message: self.continue_final_message,
+            template_kwargs: std::mem::take(&mut self.template_kwargs),
+            chat_template: self.chat_template.take(),
+            add_special_tokens: self.add_special_tokens,
+            will_be_cut: self.truncation.is_some(),
+        }
+    }
+}
+
 /// A conversation as a prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RenderedChat {
@@ -156,28 +173,11 @@ impl ChatEngine {
     ///
     /// # Errors
     /// As [`render`](Self::render) and [`TextEngine::generate`]; nothing runs then.
-    pub async fn chat(&self, request: ChatRequest) -> Result<Chat, ChatError> {
-        let ChatRequest {
-            tools,
-            template_kwargs,
-            mut generate,
-            ..
-        } = request;
-        let parse_tools = !tools.is_empty() && request.tool_choice == ToolChoice::Auto;
-        let enable_thinking = template_kwargs.get("enable_thinking") != Some(&Value::Bool(false));
-        let mut prompt = self
-            .render(RenderRequest {
-                messages: request.messages,
-                tools,
-                documents: request.documents,
-                add_generation_prompt: request.add_generation_prompt,
-                continue_final_message: request.continue_final_message,
-                template_kwargs,
-                chat_template: request.chat_template,
-                add_special_tokens: request.add_special_tokens,
-                will_be_cut: request.truncation.is_some(),
-            })
-            .await?;
+    pub async fn chat(&self, mut request: ChatRequest) -> Result<Chat, ChatError> {
+        let parse_tools = !request.tools.is_empty() && request.tool_choice == ToolChoice::Auto;
+        let enable_thinking = request.template_kwargs.get("enable_thinking") != Some(&Value::Bool(false));
+        let mut prompt = self.render(request.take_render_request()).await?;
+        let mut generate = request.generate;
         if let Some(truncation) = request.truncation {
             let mut ids = prompt.token_ids.to_vec();
             if truncation.apply(&mut ids) {

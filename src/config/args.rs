@@ -105,6 +105,7 @@ pub struct FrontendArgs {
     pub default_chat_template_kwargs: Option<Map<String, Value>>,
     pub reasoning_effort_map: Option<Map<String, Value>>,
     pub response_role: String,
+    pub anthropic_disabled_thinking_effort: String,
     pub return_tokens_as_token_ids: bool,
     pub enable_auto_tool_choice: bool,
     pub exclude_tools_when_tool_choice_none: bool,

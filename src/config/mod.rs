@@ -199,6 +199,8 @@ pub struct ChatConfig {
     pub auto_tool_choice: bool,
     pub exclude_tools_when_none: bool,
     pub response_role: String,
+    /// What Anthropic's `thinking: disabled` asks of the template; none = what the template can do.
+    pub anthropic_disabled_thinking_effort: Option<String>,
 }
 
 /// Which parser reads the model's output.

@@ -306,6 +306,8 @@ fn chat(args: &ServeArgs, tokenizer_files: &ModelFiles) -> Result<ChatConfig, Co
         auto_tool_choice: flags.enable_auto_tool_choice,
         exclude_tools_when_none: flags.exclude_tools_when_tool_choice_none,
         response_role: flags.response_role.clone(),
+        anthropic_disabled_thinking_effort: Some(flags.anthropic_disabled_thinking_effort.clone())
+            .filter(|effort| effort != "auto"),
     })
 }
 

@@ -3,6 +3,7 @@
 //! | envelope | used for |
 //! |---|---|
 //! | `{"error":{"message","type","param","code"}}` | every route that answers in OpenAI's style |
+//! | `{"type":"error","error":{"type","message"}}` | Anthropic's routes, once the body could be read |
 //! | `{"error":"Unauthorized"}` | the API key |
 //! | `{"detail":"Not Found"}` | unknown path, wrong method |
 
@@ -13,6 +14,9 @@ use serde::Serialize;
 use crate::chat::ChatError;
 use crate::engine::EngineError;
 use crate::text::TextError;
+
+/// The class of errors found while reading the body. They have OpenAI's envelope on every route, as in vLLM.
+const READING: &str = "Bad Request";
 
 /// Seconds after which an overloaded server may be asked again.
 const RETRY_AFTER_S: &str = "1";
@@ -109,7 +113,7 @@ impl ApiError {
             quoted.push(',');
         }
         let message = format!("1 validation error:\n  {{'type': '{code}', 'loc': ({quoted}), 'msg': '{message}'}}");
-        Self::new(StatusCode::BAD_REQUEST, "Bad Request", message, Some(path))
+        Self::new(StatusCode::BAD_REQUEST, READING, message, Some(path))
     }
 
     /// A required field is absent.
@@ -120,7 +124,7 @@ impl ApiError {
     pub fn unsupported_media_type() -> Self {
         Self::new(
             StatusCode::BAD_REQUEST,
-            "Bad Request",
+            READING,
             "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed",
             None,
         )
@@ -145,7 +149,7 @@ impl ApiError {
     pub fn body_broken() -> Self {
         Self::new(
             StatusCode::BAD_REQUEST,
-            "Bad Request",
+            READING,
             "the request body could not be read",
             None,
         )
@@ -210,17 +214,55 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        // A bug or the device; 501 and 503 are answers.
-        if self.status == StatusCode::INTERNAL_SERVER_ERROR {
-            tracing::error!(status = self.status.as_u16(), "{}", self.message);
-        }
-        let mut response = json(self.status, self.to_json());
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_S));
-        }
+        answer(self.status, &self.message, self.to_json())
+    }
+}
+
+/// Logs a bug or a failed device (501 and 503 are answers), and tells an overloaded server's clients when to come back.
+fn answer(status: StatusCode, message: &str, body: String) -> Response {
+    if status == StatusCode::INTERNAL_SERVER_ERROR {
+        tracing::error!(status = status.as_u16(), "{message}");
+    }
+    let mut response = json(status, body);
+    if status == StatusCode::SERVICE_UNAVAILABLE {
         response
+            .headers_mut()
+            .insert(header::RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_S));
+    }
+    response
+}
+
+/// The same in Anthropic's envelope, for `/v1/messages` and below it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AnthropicError(pub ApiError);
+
+impl AnthropicError {
+    /// Anthropic's word for the status.
+    fn kind(&self) -> &'static str {
+        match self.0.status.as_u16() {
+            401 => "authentication_error",
+            403 => "permission_error",
+            404 => "not_found_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            503 => "overloaded_error",
+            500.. => "api_error",
+            _ => "invalid_request_error",
+        }
+    }
+
+    /// The envelope, as `event: error` carries it too.
+    pub fn to_value(&self) -> serde_json::Value {
+        serde_json::json!({"type": "error", "error": {"type": self.kind(), "message": self.0.message}})
+    }
+}
+
+impl IntoResponse for AnthropicError {
+    fn into_response(self) -> Response {
+        if self.0.kind == READING {
+            return self.0.into_response();
+        }
+        answer(self.0.status, &self.0.message, self.to_value().to_string())
     }
 }
 
@@ -397,7 +439,13 @@ mod tests {
         for (error, status, kind) in cases {
             assert_eq!((error.status.as_u16(), error.kind), (status, kind));
         }
-        let response = ApiError::from(EngineError::Overloaded("full".into())).into_response();
-        assert_eq!(response.headers()["retry-after"], "1");
+        let overloaded = ApiError::from(EngineError::Overloaded("full".into()));
+        assert_eq!(AnthropicError(overloaded.clone()).kind(), "overloaded_error");
+        for response in [
+            overloaded.clone().into_response(),
+            AnthropicError(overloaded).into_response(),
+        ] {
+            assert_eq!(response.headers()["retry-after"], "1");
+        }
     }
 }

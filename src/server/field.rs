@@ -335,6 +335,40 @@ impl Field for StringOrList {
     }
 }
 
+/// A text, or a list of parts.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TextOrList<T> {
+    Text(String),
+    List(Vec<T>),
+}
+
+impl<T: Field> Field for TextOrList<T> {
+    fn schema() -> Value {
+        json!({ "anyOf": [{ "type": "string" }, { "type": "array", "items": T::schema() }] })
+    }
+
+    fn read<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TextOrListVisitor<T>(PhantomData<T>);
+        impl<'de, T: Field> Visitor<'de> for TextOrListVisitor<T> {
+            type Value = TextOrList<T>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("Input should be a valid string or list")
+            }
+            fn visit_str<E: de::Error>(self, value: &str) -> Result<Self::Value, E> {
+                Ok(TextOrList::Text(value.to_owned()))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+                let mut list = Vec::new();
+                while let Some(Item(item)) = items.next_element()? {
+                    list.push(item);
+                }
+                Ok(TextOrList::List(list))
+            }
+        }
+        deserializer.deserialize_any(TextOrListVisitor(PhantomData))
+    }
+}
+
 /// One of a fixed set of words.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice<W: Words>(pub String, PhantomData<W>);
@@ -342,6 +376,13 @@ pub struct Choice<W: Words>(pub String, PhantomData<W>);
 /// The words of a [`Choice`].
 pub trait Words {
     const WORDS: &'static [&'static str];
+}
+
+impl<W: Words> Choice<W> {
+    /// None: `word` is not among them.
+    pub fn known(word: &str) -> Option<Self> {
+        W::WORDS.contains(&word).then(|| Self(word.to_owned(), PhantomData))
+    }
 }
 
 impl<W: Words> Field for Choice<W> {
@@ -357,11 +398,7 @@ impl<W: Words> Field for Choice<W> {
                 f.write_str(&one_of(W::WORDS))
             }
             fn visit_str<E: de::Error>(self, value: &str) -> Result<Choice<W>, E> {
-                if W::WORDS.contains(&value) {
-                    Ok(Choice(value.to_owned(), PhantomData))
-                } else {
-                    Err(E::custom(one_of(W::WORDS)))
-                }
+                Choice::known(value).ok_or_else(|| E::custom(one_of(W::WORDS)))
             }
         }
         deserializer.deserialize_any(ChoiceVisitor(PhantomData))
@@ -391,6 +428,14 @@ pub trait Fields: Default {
 
     /// The fields' names and JSON schemas, in order.
     fn properties() -> Map<String, Value>;
+}
+
+/// The name of the field of `key`: `type` is a word of Rust's.
+pub fn identifier(key: &str) -> &str {
+    match key {
+        "type" => stringify!(r#type),
+        other => other,
+    }
 }
 
 /// Reads an object; fields that `T` does not have are skipped.
@@ -437,7 +482,7 @@ macro_rules! request_body {
                 key: &str,
                 entries: &mut A,
             ) -> Result<bool, A::Error> {
-                match key {
+                match $crate::server::field::identifier(key) {
                     $( stringify!($field) => {
                         self.$field = entries.next_value::<$crate::server::field::Nullable<$type>>()?.0;
                         Ok(true)
@@ -500,6 +545,13 @@ mod tests {
     request_body! {
         pub struct Shared {
             pub extra: bool,
+            pub r#type: String,
+            pub parts: TextOrList<Part>,
+        }
+    }
+    request_body! {
+        pub struct Part {
+            pub count: i64,
         }
     }
 
@@ -550,7 +602,26 @@ mod tests {
             json!({"type": "array", "items": {"type": "integer"}})
         );
         let names: Vec<_> = schema["properties"].as_object().unwrap().keys().collect();
-        assert_eq!(names, ["count", "share", "flag", "stop", "bias", "ids", "extra"]);
+        assert_eq!(
+            names,
+            [
+                "count", "share", "flag", "stop", "bias", "ids", "extra", "type", "parts"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_text_may_stand_for_a_list_and_type_is_a_field() {
+        let shared = |text: &str| sample(text).unwrap().shared;
+        assert_eq!(shared(r#"{"type":"x"}"#).r#type.as_deref(), Some("x"));
+        assert!(matches!(shared(r#"{"parts":"x"}"#).parts, Some(TextOrList::Text(text)) if text == "x"));
+        let Some(TextOrList::List(parts)) = shared(r#"{"parts":[{"count":1},{}]}"#).parts else {
+            panic!("a list is a list");
+        };
+        assert_eq!((parts.len(), parts[0].count), (2, Some(1)));
+        for text in [r#"{"parts":7}"#, r#"{"parts":[7]}"#] {
+            assert!(sample(text).unwrap_err().contains("Input should be a valid"), "{text}");
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! HTTP in, JSON or server-sent events out.
 //!
-//! An endpoint is a folder `openai/<endpoint>/{mod,types,validate,convert}.rs` (or a file in `vllm/`) and one line in
-//! [`routes::ROUTES`]. Its handler reads a request type, validates it, converts it into what the layer below takes, and turns
+//! An endpoint is a folder `openai/<endpoint>/{mod,types,validate,convert}.rs` (or in `anthropic/`, or a file in `vllm/`) and one
+//! line in [`routes::ROUTES`]. Its handler reads a request type, validates it, converts it into what the layer below takes, and turns
 //! what comes back into the response type; the full answer is the collected stream.
 
+pub mod anthropic;
 pub mod body;
 pub mod cors;
 pub mod error;
@@ -28,6 +29,7 @@ use axum::Router;
 use axum::extract::OriginalUri;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use tokio::sync::OnceCell;
 
 use crate::chat::ChatEngine;
 use crate::config::{ChatConfig, GenerationDefaults, ModelConfig, ServerConfig, ServerInfo};
@@ -48,6 +50,8 @@ pub struct App {
     pub control: vllm::control::Control,
     cors: cors::Cors,
     keys: middleware::Keys,
+    /// What turning thinking off means to the template; found out when it is first asked.
+    disabled_thinking_effort: OnceCell<&'static str>,
 }
 
 /// The model as clients see it.
@@ -91,6 +95,7 @@ impl App {
         Self {
             cors: cors::Cors::new(&config),
             keys: middleware::Keys::new(&config.api_keys),
+            disabled_thinking_effort: OnceCell::new(),
             config,
             chat_config,
             model,

@@ -9,11 +9,12 @@ use std::sync::Arc;
 use axum::routing::{MethodRouter, delete, get, post};
 use serde_json::Value;
 
+use super::anthropic::messages::types::{MessagesRequest, PromptFields};
 use super::openai::chat_completions::types::ChatCompletionRequest;
 use super::openai::completions::types::CompletionRequest;
 use super::openai::tokenize::types::{DetokenizeRequest, TokenizeRequest};
 use super::vllm::{control, docs, info, lora, rl};
-use super::{App, field, openai, vllm};
+use super::{App, anthropic, field, openai, vllm};
 
 /// When a route exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,8 +208,15 @@ pub static ROUTES: &[Route] = &[
     route("POST", "/v1/responses", || post(vllm::not_built)).is(Here::Refused, "501 for now"),
     route("GET", "/v1/responses/{response_id}", || get(vllm::not_built)).is(Here::Refused, "501 for now"),
     route("POST", "/v1/responses/{response_id}/cancel", || post(vllm::not_built)).is(Here::Refused, "501 for now"),
-    route("POST", "/v1/messages", || post(vllm::not_built)).is(Here::Refused, "501 for now"),
-    route("POST", "/v1/messages/count_tokens", || post(vllm::not_built)).is(Here::Refused, "501 for now"),
+    route("POST", "/v1/messages", || post(anthropic::messages::create))
+        .tracked()
+        .body("AnthropicMessagesRequest", field::schema_of::<MessagesRequest>)
+        .is(Here::Better, MESSAGES),
+    route("POST", "/v1/messages/count_tokens", || {
+        post(anthropic::count_tokens::create)
+    })
+    .body("AnthropicCountTokensRequest", field::schema_of::<PromptFields>)
+    .is(Here::Better, MESSAGES),
     route("POST", "/generative_scoring", || post(vllm::not_built))
         .keyed()
         .is(Here::Refused, "501 for now"),
@@ -336,6 +344,9 @@ pub static ROUTES: &[Route] = &[
     ),
 ];
 
+const MESSAGES: &str = "takes `x-api-key`; thinking of earlier turns reaches LFM2 templates. Images, Anthropic's own tools, \
+                        `defer_loading` and changes of tools are a 400; `thinking.budget_tokens`, `thinking.display` and a last \
+                        message as prefill have no effect, as in vLLM by default";
 const DOCS: &str = "a page that needs nothing from the network";
 const SCALE_OUT: &str = "403: the flags for it are refused for now";
 const AUDIO: &str = "404, as for every text model";

@@ -1,4 +1,5 @@
-//! Server-sent events with vLLM's framing: `data: <json>` and a blank line, `data: [DONE]` last, also after an error.
+//! Server-sent events with vLLM's framings: `data: <json>` and a blank line with `data: [DONE]` last (chat, completions),
+//! or `event: <name>` before each `data:` and no last word (Anthropic, Responses).
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -29,6 +30,14 @@ impl Frames {
         }
     }
 
+    /// Appends one event with its name.
+    pub fn push_named(&mut self, name: &str, event: &impl Serialize) {
+        self.0.push_str("event: ");
+        self.0.push_str(name);
+        self.0.push('\n');
+        self.push(event);
+    }
+
     fn push_json(&mut self, json: &str) {
         self.0.push_str("data: ");
         self.0.push_str(json);
@@ -40,10 +49,73 @@ impl Frames {
     }
 }
 
-/// A 200 that streams `frames`. The first error ends the stream with an error frame. Dropping the response drops `frames`.
+/// Turns the items of a stream into frames.
+pub trait Framing<T> {
+    fn item(&mut self, item: &T) -> Frames;
+    /// What follows the last item.
+    fn end(&mut self) -> Frames;
+    /// The last frames of a stream that broke, where the protocol has its own for that.
+    ///
+    /// # Errors
+    /// It has none: the frame is the error's envelope.
+    fn failed(&mut self, error: ApiError) -> Result<Frames, ApiError> {
+        Err(error)
+    }
+}
+
+/// The frames of `items`; nothing follows an error.
+pub fn framed<S, T, E, F>(items: S, framing: F) -> impl Stream<Item = Result<Frames, ApiError>> + Send
+where
+    S: Stream<Item = Result<T, E>> + Send + Unpin,
+    T: Send,
+    E: Into<ApiError> + Send,
+    F: Framing<T> + Send,
+{
+    futures_util::stream::unfold(Some((items, framing)), |state| async move {
+        let (mut items, mut framing) = state?;
+        match items.next().await {
+            Some(Ok(item)) => {
+                let frames = framing.item(&item);
+                Some((Ok(frames), Some((items, framing))))
+            }
+            Some(Err(error)) => {
+                let error: ApiError = error.into();
+                let message = error.message.clone();
+                let last = framing.failed(error);
+                if last.is_ok() {
+                    log_broken(&message);
+                }
+                Some((last, None))
+            }
+            None => Some((Ok(framing.end()), None)),
+        }
+    })
+}
+
+fn log_broken(message: &str) {
+    tracing::error!("a stream ended with an error: {message}");
+}
+
+/// A 200 that streams `frames` and `[DONE]`. The first error ends the stream with an error frame. Dropping the response
+/// drops `frames`.
 ///
 /// Silence of `keep_alive` is filled with a comment; zero = never.
 pub fn response<S>(frames: S, keep_alive: Duration) -> Response
+where
+    S: Stream<Item = Result<Frames, ApiError>> + Send + 'static,
+{
+    streamed(frames, keep_alive, DONE)
+}
+
+/// As [`response`], without `[DONE]`: the protocol's own events say when it is over.
+pub fn named<S>(frames: S, keep_alive: Duration) -> Response
+where
+    S: Stream<Item = Result<Frames, ApiError>> + Send + 'static,
+{
+    streamed(frames, keep_alive, "")
+}
+
+fn streamed<S>(frames: S, keep_alive: Duration, last: &'static str) -> Response
 where
     S: Stream<Item = Result<Frames, ApiError>> + Send + 'static,
 {
@@ -51,6 +123,7 @@ where
     let body = EventStream {
         frames: Some(frames.boxed()),
         keep_alive,
+        last,
     };
     let mut response = Response::new(Body::from_stream(body));
     *response.status_mut() = StatusCode::OK;
@@ -87,6 +160,8 @@ struct EventStream {
     /// None once the last frame is out.
     frames: Option<FrameStream>,
     keep_alive: Option<KeepAlive>,
+    /// What follows the last frame.
+    last: &'static str,
 }
 
 impl Stream for EventStream {
@@ -106,16 +181,17 @@ impl Stream for EventStream {
                     return Poll::Ready(Some(Ok(frames.0.into())));
                 }
                 Poll::Ready(Some(Err(error))) => {
-                    tracing::error!("a stream ended with an error: {}", error.message);
+                    log_broken(&error.message);
                     self.frames = None;
                     let mut last = Frames::default();
                     last.push_json(&error.to_json());
-                    last.0.push_str(DONE);
+                    last.0.push_str(self.last);
                     return Poll::Ready(Some(Ok(last.0.into())));
                 }
                 Poll::Ready(None) => {
                     self.frames = None;
-                    return Poll::Ready(Some(Ok(Bytes::from_static(DONE.as_bytes()))));
+                    let last = Bytes::from_static(self.last.as_bytes());
+                    return Poll::Ready((!last.is_empty()).then_some(Ok(last)));
                 }
                 Poll::Pending => {
                     let Some(keep_alive) = self.keep_alive.as_mut() else {

@@ -98,13 +98,21 @@ impl RequestContext {
         headers: &HeaderMap,
         app: &App,
     ) -> Result<Self, ApiError> {
-        let model = app.model_name(model)?;
         let id = ids::of_request(headers, fields.request_id.as_deref());
+        Self::with_id(format!("{prefix}{id}"), model, headers, app)
+    }
+
+    /// `id` is the response's, with its prefix.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_id(id: String, model: Option<&str>, headers: &HeaderMap, app: &App) -> Result<Self, ApiError> {
+        let model = app.model_name(model)?;
         let priority = headers
             .get(PRIORITY)
             .and_then(|value| value.to_str().ok()?.trim().parse().ok());
         Ok(Self {
-            head: Head::new(format!("{prefix}{id}"), model, &app.config),
+            head: Head::new(id, model, &app.config),
             priority,
         })
     }

@@ -1,5 +1,6 @@
 //! The HTTP surface in process: the router over the real chat and text layers, on a scripted engine.
 
+mod anthropic;
 mod bad_input;
 mod chat;
 mod completions;
@@ -64,6 +65,7 @@ impl Default for Setup {
                 auto_tool_choice: false,
                 exclude_tools_when_none: false,
                 response_role: "assistant".into(),
+                anthropic_disabled_thinking_effort: None,
             },
             max_queued_requests: None,
             max_num_seqs: 64,

@@ -134,7 +134,7 @@ fn prompt_logprobs(request: &ChatCompletionRequest) -> Option<i64> {
 
 /// The request's template arguments over the server's, with what `reasoning_effort` means to templates. As in vLLM, null
 /// and "auto" leave the server's argument as it is, and the field `reasoning_effort` beats the argument of that name.
-fn template_kwargs(
+pub fn template_kwargs(
     defaults: &Map<String, Value>,
     request: Option<Map<String, Value>>,
     effort: Option<String>,

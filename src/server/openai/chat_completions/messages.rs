@@ -74,6 +74,12 @@ fn check_tool_calls(calls: Option<&Value>, place: &Place) -> Result<(), ApiError
     })
 }
 
+/// Sets what an assistant's message was thought before: LFM2 templates read it as `thinking`, others as `reasoning`.
+pub fn set_reasoning(message: &mut Value, reasoning: String) {
+    message["thinking"] = reasoning.clone().into();
+    message["reasoning"] = reasoning.into();
+}
+
 /// The text of a message's content, for `echo`.
 pub fn content_text(message: &Value) -> String {
     match &message["content"] {

@@ -13,10 +13,9 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
-use futures_util::stream::{self, Stream, StreamExt};
 
 use self::convert::{Conversion, convert};
-use self::reply::ChunkBuilder;
+use self::reply::{ChatReply, ChunkBuilder};
 use self::types::ChatCompletionRequest;
 use self::validate::ChatRules;
 use crate::chat::{self, Chat, ChatStream};
@@ -32,36 +31,46 @@ pub async fn create(
 ) -> Result<Response, ApiError> {
     let context = RequestContext::new("chatcmpl-", request.model.as_deref(), &request.sampling, &headers, &app)?;
     let streams = request.sampling.stream.unwrap_or(false);
+    let (reply, events) = start(request, context, &app).await?;
+    if streams {
+        let keep_alive = Duration::from_secs(app.config.sse_keep_alive_s);
+        return Ok(sse::response(sse::framed(events, ChunkBuilder::new(reply)), keep_alive));
+    }
+    let choices = chat::collect(reply.n, events).await?;
+    Ok(Json(reply::response(reply, choices)).into_response())
+}
+
+/// Checks, converts and starts a chat request; other protocols bring theirs in this form.
+///
+/// # Errors
+/// As [`checked`] and [`begin`].
+pub async fn start(
+    request: ChatCompletionRequest,
+    context: RequestContext,
+    app: &App,
+) -> Result<(ChatReply, ChatStream), ApiError> {
+    begin(checked(request, context, app)?, app).await
+}
+
+/// # Errors
+/// The conversation cannot be rendered, the prompt is too long, or the queue is full.
+pub async fn begin(conversion: Conversion, app: &App) -> Result<(ChatReply, ChatStream), ApiError> {
+    let Conversion { request, mut reply } = conversion;
+    app.metrics.frontend.request_params_n.observe(f64::from(reply.n));
+    let Chat { prompt, events } = app.chat.chat(request).await?;
+    reply.set_prompt(prompt, app.engine());
+    app.log_request(&reply.head.id, reply.prompt.len(), reply.n);
+    Ok((reply, events))
+}
+
+/// # Errors
+/// 400: a rule is broken.
+pub fn checked(request: ChatCompletionRequest, context: RequestContext, app: &App) -> Result<Conversion, ApiError> {
     let rules = ChatRules {
         trust_request_template: app.chat_config.trust_request_template,
         has_tool_parser: app.chat.parsers().tool.is_some(),
         max_model_len: app.model.max_model_len,
     };
     let tool_choice = validate::check(&request, rules)?;
-    let Conversion { request, mut reply } = convert(request, tool_choice, &app, context)?;
-    app.metrics.frontend.request_params_n.observe(f64::from(reply.n));
-
-    let Chat { prompt, events } = app.chat.chat(request).await?;
-    reply.set_prompt(prompt, app.engine());
-    app.log_request(&reply.head.id, reply.prompt.len(), reply.n);
-    if streams {
-        let keep_alive = Duration::from_secs(app.config.sse_keep_alive_s);
-        return Ok(sse::response(chunks(events, ChunkBuilder::new(reply)), keep_alive));
-    }
-    let choices = chat::collect(reply.n, events).await?;
-    Ok(Json(reply::response(reply, choices)).into_response())
-}
-
-fn chunks(events: ChatStream, builder: ChunkBuilder) -> impl Stream<Item = Result<sse::Frames, ApiError>> + Send {
-    stream::unfold(Some((events, builder)), |state| async move {
-        let (mut events, mut builder) = state?;
-        match events.next().await {
-            Some(Ok(event)) => {
-                let frames = builder.event(&event);
-                Some((Ok(frames), Some((events, builder))))
-            }
-            Some(Err(error)) => Some((Err(error.into()), None)),
-            None => Some((Ok(builder.end()), None)),
-        }
-    })
+    convert(request, tool_choice, app, context)
 }

@@ -13,11 +13,12 @@ use crate::server::openai::reply::{
     Counts, Head, REPETITION_DETECTED, ReplyOptions, listed_entries, request_metrics, stream_request_metrics, wire_ids,
 };
 use crate::server::openai::types::{StopReason, StreamUsage, prompt_logprobs, ranked, token_name, wire_logprob};
-use crate::server::sse::Frames;
+use crate::server::sse::{Frames, Framing};
 use crate::step::TokenId;
 use crate::text::TextLogprobs;
 
-const TOOL_CALL_ID: &str = "chatcmpl-tool-";
+/// Before a tool call's id, whatever the protocol.
+pub const TOOL_CALL_ID: &str = "chatcmpl-tool-";
 
 /// What a chat reply contains beside its events.
 #[derive(Clone, Debug)]
@@ -48,7 +49,7 @@ impl ChatReply {
         self.prompt_text = self.return_prompt_text.then_some(prompt.text);
     }
 
-    fn logprobs(&self, tokens: &[TextLogprobs]) -> Option<ChatLogprobs> {
+    pub fn logprobs(&self, tokens: &[TextLogprobs]) -> Option<ChatLogprobs> {
         let top = self.top_logprobs?;
         let content = tokens
             .iter()
@@ -128,9 +129,11 @@ impl ChunkBuilder {
             begun: false,
         }
     }
+}
 
+impl Framing<ChatEvent> for ChunkBuilder {
     /// The chunks of one event; before the first come the role chunks.
-    pub fn event(&mut self, event: &ChatEvent) -> Frames {
+    fn item(&mut self, event: &ChatEvent) -> Frames {
         let mut frames = Frames::default();
         if !self.begun {
             self.begun = true;
@@ -179,8 +182,8 @@ impl ChunkBuilder {
         frames
     }
 
-    /// What follows the last event: the usage, if it was asked.
-    pub fn end(&mut self) -> Frames {
+    /// The usage, if it was asked.
+    fn end(&mut self) -> Frames {
         let mut frames = Frames::default();
         if !self.reply.options.include_usage {
             return frames;
@@ -195,7 +198,9 @@ impl ChunkBuilder {
         frames.push(&chunk);
         frames
     }
+}
 
+impl ChunkBuilder {
     fn push_role_chunks(&self, frames: &mut Frames) {
         for index in 0..self.reply.n {
             let delta = DeltaMessage {
