@@ -19,7 +19,7 @@
 //! | 1 | model | backend |
 //! | 0 | backend | step (its data) |
 //! | 0 | step, parsers, grammar, media, hub, client | none of ours |
-//! | beside | config (data; each part receives its own part), metrics (names) | config: layer 0 |
+//! | beside | config (data; each part receives its own part), metrics (names), otlp (traces) | config: layer 0; else each other |
 //!
 //! The data types of `step` may be named on every layer above it.
 
@@ -43,6 +43,7 @@ pub mod backend;
 pub mod client;
 pub mod hub;
 pub mod metrics;
+pub mod otlp;
 pub mod parsers;
 pub mod step;
 
@@ -64,7 +65,7 @@ mod tests {
         &["main", "serve", "bench", "commands"],
     ];
     /// Data that every module may import, and the last layer from which it may itself import.
-    const BESIDE: &[(&str, Option<usize>)] = &[("config", Some(1)), ("metrics", None)];
+    const BESIDE: &[(&str, Option<usize>)] = &[("config", Some(1)), ("metrics", None), ("otlp", None)];
 
     fn layer(module: &str) -> Option<usize> {
         LAYERS.iter().position(|modules| modules.contains(&module))

@@ -7,7 +7,7 @@ mod progress;
 
 pub use phases::Phases;
 
-use std::net::SocketAddr;
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,10 +21,12 @@ use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
 use crate::chat::ChatEngine;
 use crate::config::args::Gpu;
-use crate::config::{Config, DeviceKind, ServerInfo, VLLM_VERSION};
+use crate::config::{Config, DeviceKind, ServerConfig, ServerInfo, VLLM_VERSION};
 use crate::engine::{EngineConfig, EngineHandle, Exit};
 use crate::metrics::Metrics;
+use crate::otlp::Tracer;
 use crate::runner::build_executor;
+use crate::server::tls::Tls;
 use crate::server::{self, App, ServedModel, listen};
 use crate::step::Executor;
 use crate::text::{TextEngine, Tokenizer};
@@ -36,6 +38,8 @@ const MAX_HTTP_THREADS: usize = 8;
 const BLOCKING_THREADS_PER_HTTP_THREAD: usize = 4;
 /// What open connections get to write their last frames after the engine has stopped.
 const LAST_FRAMES: Duration = Duration::from_secs(2);
+/// What the last spans get to reach their collector.
+const LAST_SPANS: Duration = Duration::from_secs(2);
 /// Exit codes: as after an unhandled error, and as shells report a second SIGTERM.
 const FAILED: u8 = 1;
 const INTERRUPTED: u8 = 143;
@@ -46,18 +50,16 @@ const INTERRUPTED: u8 = 143;
 /// The server could not start: port, checkpoint, memory. The text is for the operator.
 pub fn run(config: Config, mut phases: Phases) -> anyhow::Result<ExitCode> {
     tracing::info!(
-        "rvllm API server version {} (API of vLLM {VLLM_VERSION})",
+        "vLLM API server version {VLLM_VERSION}, served by rvllm {}",
         env!("CARGO_PKG_VERSION")
     );
     tracing::info!("model {}, served as {:?}", config.model.name, config.model.served_names);
     raise_open_file_limit();
-    let bound = listen::bind(config.server.host.as_deref(), config.server.port).with_context(|| {
-        format!(
-            "port {} of {} cannot be used",
-            config.server.port,
-            config.server.host.as_deref().unwrap_or("0.0.0.0")
-        )
-    })?;
+    let bound = bind(&config.server)?;
+    let tls = match &config.server.http.tls {
+        Some(tls) => Some(Arc::new(Tls::load(tls.clone())?)),
+        None => None,
+    };
 
     let (config, executor) = load(config, &mut phases)?;
     let app = Arc::new(build_app(&config, executor)?);
@@ -75,10 +77,24 @@ pub fn run(config: Config, mut phases: Phases) -> anyhow::Result<ExitCode> {
         .enable_all()
         .build()
         .context("the HTTP threads cannot be started")?;
-    let code = runtime.block_on(serve(app, bound))?;
+    let server = Server { app, bound, tls };
+    let code = runtime.block_on(server.serve())?;
     // A blocking task may be inside a long template; its client is gone.
     runtime.shutdown_timeout(Duration::from_millis(100));
     Ok(code)
+}
+
+fn bind(config: &ServerConfig) -> anyhow::Result<listen::Bound> {
+    match &config.http.uds {
+        Some(path) => listen::bind_unix(path).with_context(|| format!("--uds {} cannot be used", path.display())),
+        None => listen::bind(config.host.as_deref(), config.port).with_context(|| {
+            format!(
+                "port {} of {} cannot be used",
+                config.port,
+                config.host.as_deref().unwrap_or("0.0.0.0")
+            )
+        }),
+    }
 }
 
 /// GPUs that this build can use.
@@ -167,21 +183,32 @@ pub fn build_app(config: &Config, executor: Box<dyn Executor>) -> anyhow::Result
         .served_names
         .first()
         .map_or(config.model.name.as_str(), String::as_str);
-    let metrics = Arc::new(Metrics::new(main_name, config.model.max_model_len));
+    let observability = &config.observability;
+    let metrics = Arc::new(Metrics::with_config(
+        main_name,
+        config.model.max_model_len,
+        observability.metrics.clone(),
+    ));
+    metrics.engine.set_cache_config(&cache_labels(config));
+    let tracer = match &observability.traces {
+        Some(traces) => {
+            tracing::info!("traces go to {}", traces.endpoint);
+            Some(Tracer::start(traces.clone(), metrics.span_counters())?)
+        }
+        None => None,
+    };
     let mut engine_config = EngineConfig::new(
         config.scheduler.clone(),
         config.cache.prefix_caching,
         config.model.max_model_len,
     );
-    engine_config.log_stats_interval = config
-        .server
-        .log_stats
-        .then(|| Duration::try_from_secs_f64(config.server.log_stats_interval_s).ok())
-        .flatten();
+    engine_config.log_stats_interval = observability.log_stats_interval;
+    engine_config.tracer = tracer;
     let engine =
         EngineHandle::start(executor, engine_config, metrics.clone()).context("the engine cannot be started")?;
     let tokenizer = Arc::new(Tokenizer::load(&config.model.tokenizer_files)?);
-    let chat = ChatEngine::from_config(&config.chat, TextEngine::new(engine, tokenizer, (&config.model).into()))?;
+    let text = TextEngine::with_log(engine, tokenizer, (&config.model).into(), observability.requests);
+    let chat = ChatEngine::from_config(&config.chat, text)?;
     let parsers = chat.parsers();
     tracing::info!(
         "reasoning parser: {}, tool call parser: {}",
@@ -198,52 +225,90 @@ pub fn build_app(config: &Config, executor: Box<dyn Executor>) -> anyhow::Result
     .with_info(ServerInfo::new(config)))
 }
 
-/// Opens the port and serves until it is time to go.
-async fn serve(app: Arc<App>, bound: listen::Bound) -> anyhow::Result<ExitCode> {
-    let mut signals = Signals::new().context("signals cannot be handled")?;
-    let engine = app.engine().clone();
-    let keep_alive = Duration::from_secs(app.config.http_keep_alive_s.max(1));
-    let address = bound.address();
-    let listener = bound.listen().context("the port cannot be opened")?;
-    announce(address);
+/// What the flags say of the KV cache, as labels of `vllm:cache_config_info`; the engine adds what came of them.
+fn cache_labels(config: &Config) -> Vec<(&'static str, String)> {
+    let cache = &config.cache;
+    let option = |value: Option<usize>| value.map_or_else(|| "None".into(), |value| value.to_string());
+    vec![
+        (
+            "cache_dtype",
+            cache.kv_dtype.map_or_else(|| "auto".into(), |dtype| dtype.to_string()),
+        ),
+        ("gpu_memory_utilization", cache.memory_utilization.to_string()),
+        ("kv_cache_memory_bytes", option(cache.memory_bytes)),
+        ("num_gpu_blocks_override", option(cache.num_blocks_override)),
+        ("is_attention_free", "False".into()),
+        ("user_specified_block_size", "False".into()),
+    ]
+}
 
-    let drain = Duration::from_secs(app.config.shutdown_timeout_s);
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let serving = tokio::spawn(listen::serve(
-        listener,
-        server::router(app),
-        keep_alive,
-        async {
+/// All that serves, ready to open the port.
+struct Server {
+    app: Arc<App>,
+    bound: listen::Bound,
+    tls: Option<Arc<Tls>>,
+}
+
+impl Server {
+    /// Opens the port and serves until it is time to go.
+    async fn serve(self) -> anyhow::Result<ExitCode> {
+        let Self { app, bound, tls } = self;
+        let mut signals = Signals::new().context("signals cannot be handled")?;
+        let engine = app.engine().clone();
+        let uvicorn = Uvicorn {
+            speaks: app.config.lifecycle_log,
+        };
+        let drain = Duration::from_secs(app.config.shutdown_timeout_s);
+        let options = listen::ListenOptions {
+            limits: app.config.http.limits,
+            tls: tls.clone(),
+            drain: LAST_FRAMES,
+        };
+        let listener = bound.listen().context("the port cannot be opened")?;
+        uvicorn.started(&app);
+        if let Some(tls) = tls {
+            tokio::spawn(tls.refresh());
+        }
+
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let stopped = async {
             // A dropped sender means the same as a sent message.
             let _ = stopped.await;
-        },
-        LAST_FRAMES,
-    ));
+        };
+        let serving = tokio::spawn(listen::serve(listener, server::router(app), options, stopped));
 
-    let code = tokio::select! {
-        exit = engine.stopped() => failed(&exit),
-        name = signals.next() => {
-            eprintln!("INFO:     Shutting down");
-            tracing::info!("{name}: running requests get {} s; a second signal ends them at once", drain.as_secs());
-            tokio::select! {
-                exit = engine.drain(Instant::now() + drain) => match exit {
-                    Exit::Finished => ExitCode::SUCCESS,
-                    Exit::Failed(_) => failed(&exit),
-                },
-                name = signals.next() => {
-                    tracing::warn!("{name} again: ending now");
-                    return Ok(ExitCode::from(INTERRUPTED));
+        let code = tokio::select! {
+            exit = engine.stopped() => failed(&exit),
+            name = signals.next() => {
+                uvicorn.say("Shutting down");
+                tracing::info!("{name}: running requests get {} s; a second signal ends them at once", drain.as_secs());
+                tokio::select! {
+                    exit = engine.drain(Instant::now() + drain) => match exit {
+                        Exit::Finished => ExitCode::SUCCESS,
+                        Exit::Failed(_) => failed(&exit),
+                    },
+                    name = signals.next() => {
+                        tracing::warn!("{name} again: ending now");
+                        return Ok(ExitCode::from(INTERRUPTED));
+                    }
                 }
             }
+        };
+        drop(stop);
+        let last = async {
+            // The task can only have ended, or panicked with the listener: either way it serves nobody any more.
+            let _ = serving.await;
+            if let Some(tracer) = engine.tracer() {
+                tracer.flush(LAST_SPANS).await;
+            }
+        };
+        tokio::select! {
+            () = last => {}
+            _ = signals.next() => return Ok(ExitCode::from(INTERRUPTED)),
         }
-    };
-    drop(stop);
-    tokio::select! {
-        _ = serving => {}
-        _ = signals.next() => return Ok(ExitCode::from(INTERRUPTED)),
+        uvicorn.say("Application shutdown complete.");
+        Ok(code)
     }
-    eprintln!("INFO:     Application shutdown complete.");
-    Ok(code)
 }
 
 fn failed(exit: &Exit) -> ExitCode {
@@ -251,12 +316,30 @@ fn failed(exit: &Exit) -> ExitCode {
     ExitCode::from(FAILED)
 }
 
-/// The lines that scripts wait for, as vLLM and uvicorn print them.
-fn announce(address: SocketAddr) {
-    tracing::info!("Starting vLLM server on http://{address}");
-    eprintln!("INFO:     Started server process [{}]", std::process::id());
-    eprintln!("INFO:     Waiting for application startup.");
-    eprintln!("INFO:     Application startup complete.");
+/// The lines that scripts wait for, as uvicorn prints them.
+struct Uvicorn {
+    speaks: bool,
+}
+
+impl Uvicorn {
+    fn say(&self, text: &str) {
+        if self.speaks {
+            // Nobody may be listening any more.
+            let _ = writeln!(std::io::stderr(), "INFO:     {text}");
+        }
+    }
+
+    fn started(&self, app: &App) {
+        tracing::info!("Starting vLLM server on {}", app.config.address());
+        tracing::info!("Available routes are:");
+        for route in server::routes::ROUTES.iter().filter(|route| route.when.holds(app)) {
+            let methods = route.methods.replace('|', ", ");
+            tracing::info!("Route: {}, Methods: {methods}", route.path);
+        }
+        self.say(&format!("Started server process [{}]", std::process::id()));
+        self.say("Waiting for application startup.");
+        self.say("Application startup complete.");
+    }
 }
 
 struct Signals {

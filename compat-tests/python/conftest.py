@@ -40,7 +40,7 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"exit code {self.process.returncode} before ready:\n{self.logs()}")
             try:
-                if httpx.get(self.url + "/health", timeout=1).status_code == 200:
+                if self.is_ready():
                     break
             except httpx.TransportError:
                 pass
@@ -48,6 +48,9 @@ class Server:
                 self.stop()
                 raise RuntimeError(f"not ready after {ready_s} s:\n{self.logs()}")
             time.sleep(0.02)
+
+    def is_ready(self) -> bool:
+        return httpx.get(self.url + "/health", timeout=1).status_code == 200
 
     def logs(self) -> str:
         return pathlib.Path(self.log.name).read_text()

@@ -10,7 +10,7 @@ use anyhow::bail;
 
 use crate::config::Config;
 use crate::config::args::BenchArgs;
-use crate::engine::{EngineConfig, EngineHandle, EngineRequest, StopConditions};
+use crate::engine::{ChoiceGroup, EngineConfig, EngineHandle, EngineRequest, StopConditions};
 use crate::metrics::Metrics;
 use crate::model::cost::ModelCost;
 use crate::model::registry::read_config;
@@ -134,6 +134,7 @@ impl Bench {
                 cache_salt: None,
                 read_prefix_cache: true,
                 arrival: Instant::now(),
+                group: ChoiceGroup::new(1),
             })
             .collect();
         let start = Instant::now();

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -77,6 +78,7 @@ fn defaults_are_vllms() {
         scheduler,
         chat,
         server,
+        observability,
         device,
     } = &config;
     assert_eq!(model.served_names, [TINY]);
@@ -111,10 +113,10 @@ fn defaults_are_vllms() {
     assert_eq!(
         (
             server.max_body_bytes,
-            server.http_keep_alive_s,
-            server.log_stats_interval_s
+            server.http.limits.keep_alive_s,
+            observability.log_stats_interval
         ),
-        (32 << 20, 5, 10.0)
+        (32 << 20, 5, Some(Duration::from_secs(10)))
     );
     assert_eq!((device.kind, device.threads), (DeviceKind::Cpu, 6));
 }
@@ -443,11 +445,11 @@ fn environment_variables_count() {
     assert_eq!(config.cache.memory_bytes, Some(1 << 29));
     assert_eq!(
         (
-            config.server.log_stats_interval_s,
+            config.observability.log_stats_interval,
             config.server.max_body_bytes,
             config.device.threads
         ),
-        (2.5, 1000, 3)
+        (Some(Duration::from_millis(2500)), 1000, 3)
     );
     let bad = environment(&[("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "soon")]);
     assert_eq!(

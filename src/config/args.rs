@@ -26,6 +26,9 @@ pub struct ServeArgs {
     pub model_is_positional: bool,
     pub general: GeneralArgs,
     pub frontend: FrontendArgs,
+    pub http: HttpArgs,
+    pub request_log: RequestLogArgs,
+    pub observability: ObservabilityArgs,
     pub model_args: ModelArgs,
     pub load: LoadArgs,
     pub structured_outputs: StructuredOutputsArgs,
@@ -94,7 +97,6 @@ pub enum DeviceChoice {
 pub struct GeneralArgs {
     pub disable_log_stats: bool,
     pub shutdown_timeout: i64,
-    pub enable_log_requests: bool,
     pub fail_on_environ_validation: bool,
 }
 
@@ -131,6 +133,36 @@ pub struct FrontendArgs {
     pub enable_server_load_tracking: bool,
     pub enable_tokenizer_info_endpoint: bool,
     pub disable_fastapi_docs: bool,
+}
+
+/// Of the group Frontend: sockets, TLS and the limits of a connection.
+#[derive(Clone, Debug, Deserialize)]
+pub struct HttpArgs {
+    pub uds: Option<String>,
+    pub ssl_keyfile: Option<String>,
+    pub ssl_certfile: Option<String>,
+    pub ssl_ca_certs: Option<String>,
+    pub enable_ssl_refresh: bool,
+    pub ssl_cert_reqs: i64,
+    pub ssl_ciphers: Option<String>,
+    pub h11_max_incomplete_event_size: i64,
+    pub h11_max_header_count: i64,
+}
+
+/// Of the groups General and Frontend: what is logged of a request.
+#[derive(Clone, Debug, Deserialize)]
+pub struct RequestLogArgs {
+    pub enable_log_requests: bool,
+    pub enable_log_outputs: bool,
+    pub enable_log_deltas: bool,
+    pub max_log_len: Option<i64>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct ObservabilityArgs {
+    pub otlp_traces_endpoint: Option<String>,
+    pub collect_detailed_traces: Option<Vec<String>>,
+    pub custom_histogram_buckets: Option<Map<String, Value>>,
 }
 
 /// How `system_fingerprint` is made.

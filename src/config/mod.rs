@@ -9,9 +9,11 @@ mod demo;
 pub mod document;
 pub mod environment;
 mod files;
+pub mod http;
 mod info;
 mod limits;
 pub mod logging;
+pub mod observability;
 pub mod resolve;
 mod routes;
 
@@ -23,6 +25,8 @@ use serde_json::{Map, Value};
 pub use info::ServerInfo;
 pub use routes::RoutesConfig;
 
+use self::http::HttpConfig;
+use self::observability::ObservabilityConfig;
 use crate::backend::DType;
 
 /// The vLLM release whose flags, API and metrics are mirrored.
@@ -36,6 +40,7 @@ pub struct Config {
     pub scheduler: SchedulerConfig,
     pub chat: ChatConfig,
     pub server: ServerConfig,
+    pub observability: ObservabilityConfig,
     pub device: DeviceConfig,
 }
 
@@ -48,6 +53,7 @@ impl Config {
             scheduler,
             chat,
             server,
+            observability: _,
             device,
         } = self;
         let lines = [
@@ -73,15 +79,7 @@ impl Config {
                 "parsers",
                 format!("reasoning {:?}, tools {:?}", chat.reasoning_parser, chat.tool_parser),
             ),
-            (
-                "address",
-                format!(
-                    "{}:{}{}",
-                    server.host.as_deref().unwrap_or("0.0.0.0"),
-                    server.port,
-                    server.root_path
-                ),
-            ),
+            ("address", server.address() + &server.root_path),
             ("API keys", server.api_keys.len().to_string()),
         ];
         lines
@@ -218,6 +216,7 @@ pub enum ParserChoice {
 pub struct ServerConfig {
     pub host: Option<String>,
     pub port: u16,
+    pub http: HttpConfig,
     /// Bearer tokens; empty = open.
     pub api_keys: Vec<String>,
     pub root_path: String,
@@ -233,22 +232,34 @@ pub struct ServerConfig {
     pub stream_interval: usize,
     /// Responses tell where the request's time went.
     pub per_request_metrics: bool,
+    /// uvicorn's own lines at start and end.
+    pub lifecycle_log: bool,
     pub access_log: bool,
     /// Paths that the access log leaves out.
     pub access_log_excluded_paths: Vec<String>,
-    pub log_requests: bool,
-    pub log_stats: bool,
-    pub log_stats_interval_s: f64,
     /// Seconds that SIGTERM leaves running requests.
     pub shutdown_timeout_s: u64,
     /// 0 = off.
     pub sse_keep_alive_s: u64,
-    /// Idle seconds after which a connection is closed.
-    pub http_keep_alive_s: u64,
     pub max_body_bytes: usize,
     /// `system_fingerprint`; none = null.
     pub fingerprint: Option<String>,
     pub routes: RoutesConfig,
+}
+
+impl ServerConfig {
+    /// What clients connect to, as the log names it.
+    pub fn address(&self) -> String {
+        if let Some(path) = &self.http.uds {
+            return format!("unix:{}", path.display());
+        }
+        let scheme = if self.http.tls.is_some() { "https" } else { "http" };
+        let host = self.host.as_deref().unwrap_or("0.0.0.0");
+        match host.contains(':') {
+            true => format!("{scheme}://[{host}]:{}", self.port),
+            false => format!("{scheme}://{host}:{}", self.port),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]

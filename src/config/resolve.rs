@@ -10,7 +10,7 @@ use super::environment::Environment;
 use super::files::Locator;
 use super::{
     CacheConfig, ChatConfig, Config, DeviceConfig, DeviceKind, GenerationDefaults, LoadFormat, ModelConfig, ModelFiles,
-    ParserChoice, RoutesConfig, ServerConfig, VLLM_VERSION, checkpoint, limits,
+    ParserChoice, RoutesConfig, ServerConfig, VLLM_VERSION, checkpoint, http, limits, observability,
 };
 use crate::backend::DType;
 use crate::step::LogprobsMode;
@@ -46,7 +46,9 @@ pub(super) fn positive(flag: &str, value: i64) -> Result<usize, ConfigError> {
     count.ok_or_else(|| ConfigError::new(flag, format!("{value} is not positive")))
 }
 
-fn not_negative<T: TryFrom<i64>>(flag: &str, value: i64) -> Result<T, ConfigError> {
+/// # Errors
+/// `value` does not fit `T`.
+pub(super) fn not_negative<T: TryFrom<i64>>(flag: &str, value: i64) -> Result<T, ConfigError> {
     T::try_from(value).map_err(|_| ConfigError::new(flag, format!("{value} is out of range")))
 }
 
@@ -73,6 +75,7 @@ pub fn resolve(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result
         scheduler,
         chat,
         server,
+        observability: observability::resolve(args, env)?,
         device,
     })
 }
@@ -341,9 +344,8 @@ fn server(args: &ServeArgs, env: &Environment, fingerprint: Option<String>) -> R
     let excluded = excluded.split(',').map(str::trim).filter(|path| !path.is_empty());
     let slashed = |path: &str| format!("/{}", path.trim_matches('/'));
     let root = flags.root_path.as_deref().unwrap_or_default().trim_matches('/');
-    let interval = env
-        .parsed::<f64>("VLLM_LOG_STATS_INTERVAL")?
-        .filter(|s| s.is_finite() && *s > 0.0);
+    // uvicorn logs its life and each request at this level.
+    let uvicorn_info = matches!(flags.uvicorn_log_level.as_str(), "info" | "debug" | "trace");
     Ok(ServerConfig {
         host: flags.host.clone().filter(|host| !host.is_empty()),
         port: not_negative("--port", flags.port)?,
@@ -359,15 +361,12 @@ fn server(args: &ServeArgs, env: &Environment, fingerprint: Option<String>) -> R
         stream_interval: positive("--stream-interval", args.scheduler.stream_interval)?,
         force_include_usage: flags.enable_force_include_usage,
         return_tokens_as_token_ids: flags.return_tokens_as_token_ids,
-        access_log: !flags.disable_uvicorn_access_log
-            && matches!(flags.uvicorn_log_level.as_str(), "info" | "debug" | "trace"),
+        http: http::resolve(&args.http, env)?,
+        lifecycle_log: uvicorn_info,
+        access_log: !flags.disable_uvicorn_access_log && uvicorn_info,
         access_log_excluded_paths: excluded.map(slashed).collect(),
-        log_requests: args.general.enable_log_requests,
-        log_stats: !args.general.disable_log_stats,
-        log_stats_interval_s: interval.unwrap_or(10.0),
         shutdown_timeout_s: not_negative("--shutdown-timeout", args.general.shutdown_timeout)?,
         sse_keep_alive_s: not_negative("--sse-keep-alive-interval", flags.sse_keep_alive_interval)?,
-        http_keep_alive_s: env.parsed("VLLM_HTTP_TIMEOUT_KEEP_ALIVE")?.unwrap_or(5),
         max_body_bytes: env
             .parsed("VLLM_HTTP_MAX_REQUEST_BODY_SIZE")?
             .unwrap_or(DEFAULT_BODY_BYTES),

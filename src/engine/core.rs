@@ -15,15 +15,22 @@ use tokio::sync::{oneshot, watch};
 use super::handle::{Exit, Shared};
 use super::scheduler::{NewSequence, PlannedRow, PlannedStep, Progress, Scheduler, SequenceId};
 use super::stream::SequenceSink;
-use super::{EngineError, EngineStats, FinishReason, PauseMode, SequenceEvent, SequenceTiming};
+use super::trace::TracedRequest;
+use super::{ChoiceGroup, EngineError, EngineStats, FinishReason, PauseMode, SequenceEvent, SequenceTiming};
 use crate::metrics::{EngineMetrics, FinishedRequest};
-use crate::step::{Executor, ExecutorError, Ticket};
+use crate::otlp::SpanIds;
+use crate::step::{Executor, ExecutorError, SamplingParams, Ticket};
 
 /// What handles and streams ask of the engine.
 #[derive(Debug)]
 pub(super) enum Command {
     Submit(Box<Submission>),
     Abort(SequenceId),
+    /// The client has all it wanted: a stop string ended its text after this many tokens.
+    Stop {
+        id: SequenceId,
+        num_tokens: usize,
+    },
     Pause {
         mode: PauseMode,
         reply: oneshot::Sender<()>,
@@ -51,6 +58,9 @@ pub(super) struct Submission {
     pub sink: SequenceSink,
     pub arrival: Instant,
     pub request_id: String,
+    pub group: Arc<ChoiceGroup>,
+    /// None = not traced.
+    pub span: Option<SpanIds>,
 }
 
 pub(super) struct Core {
@@ -77,6 +87,9 @@ struct InFlight {
 struct Client {
     sink: SequenceSink,
     request_id: String,
+    group: Arc<ChoiceGroup>,
+    span: Option<SpanIds>,
+    sampling: Arc<SamplingParams>,
     num_prompt_tokens: usize,
     max_tokens: u32,
     num_generated: usize,
@@ -144,7 +157,7 @@ impl Core {
                 self.shared.set_busy();
             }
             if self.drain_deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                self.abort(|_| true);
+                self.cut_all();
             }
             self.fill_pipeline()?;
             match self.in_flight.pop_front() {
@@ -201,6 +214,14 @@ impl Core {
                     client.leave_queue(&self.shared);
                 }
             }
+            Command::Stop { id, num_tokens } => {
+                self.scheduler.abort(id);
+                if let Some(mut client) = self.clients.remove(&id) {
+                    // Tokens computed meanwhile belong to no answer.
+                    client.num_generated = num_tokens;
+                    client.record(&self.shared, "stop", Instant::now());
+                }
+            }
             Command::Pause { mode, reply } => {
                 self.paused = Some(mode);
                 self.scheduler.hold_admissions(true);
@@ -240,10 +261,15 @@ impl Core {
             sink,
             arrival,
             request_id,
+            group,
+            span,
         } = submission;
         let client = Client {
             sink,
             request_id,
+            group,
+            span,
+            sampling: sequence.sampling.clone(),
             num_prompt_tokens: sequence.prompt.len(),
             max_tokens: sequence.stop.max_tokens,
             num_generated: 0,
@@ -260,26 +286,43 @@ impl Core {
 
     /// Ends the sequences of the requests that `chosen` names, on the server's account; returns how many.
     fn abort(&mut self, chosen: impl Fn(&str) -> bool) -> usize {
+        let mut clients = self.take(chosen);
+        for client in &mut clients {
+            client.record(&self.shared, "abort", Instant::now());
+            client.sink.send(SequenceEvent {
+                num_cached_tokens: client.num_cached_tokens,
+                finish: Some(FinishReason::Abort),
+                ..SequenceEvent::default()
+            });
+        }
+        clients.len()
+    }
+
+    /// The drain's time is over: what is left fails, so that nobody takes a cut answer for a whole one.
+    fn cut_all(&mut self) {
+        for mut client in self.take(|_| true) {
+            client.record(&self.shared, "abort", Instant::now());
+            client.sink.fail(EngineError::ShuttingDown);
+        }
+    }
+
+    /// Takes the chosen requests' sequences out of the schedule, and those who wait for them.
+    fn take(&mut self, chosen: impl Fn(&str) -> bool) -> Vec<Client> {
         let ids: Vec<SequenceId> = self
             .clients
             .iter()
             .filter(|(_, client)| chosen(&client.request_id))
             .map(|(id, _)| *id)
             .collect();
-        for id in &ids {
-            self.scheduler.abort(*id);
-            let Some(mut client) = self.clients.remove(id) else {
-                continue;
-            };
-            client.sink.send(SequenceEvent {
-                num_cached_tokens: client.num_cached_tokens,
-                finish: Some(FinishReason::Abort),
-                ..SequenceEvent::default()
-            });
-            client.leave_queue(&self.shared);
-            client.record(&self.shared.metrics.engine, "abort", Instant::now());
+        let mut taken = Vec::with_capacity(ids.len());
+        for id in ids {
+            self.scheduler.abort(id);
+            if let Some(client) = self.clients.remove(&id) {
+                client.leave_queue(&self.shared);
+                taken.push(client);
+            }
         }
-        ids.len()
+        taken
     }
 
     /// Submits steps until the executor has as many as it takes.
@@ -394,7 +437,7 @@ impl Core {
             match event.finish.as_ref().map(finished_reason) {
                 None => client.sink.send(event),
                 Some(reason) => {
-                    client.record(metrics, reason, now);
+                    client.record(&self.shared, reason, now);
                     client.sink.send(event);
                     self.clients.remove(&progress.id);
                 }
@@ -467,16 +510,18 @@ impl Client {
 
     fn fail(mut self, shared: &Shared, message: &str) {
         self.leave_queue(shared);
+        self.record(shared, "error", Instant::now());
         self.sink.fail(EngineError::Device(message.to_owned()));
-        self.record(&shared.metrics.engine, "error", Instant::now());
     }
 
-    fn record(&self, metrics: &EngineMetrics, reason: &'static str, now: Instant) {
+    /// The sequence is over: its place in the metrics and, where it is traced, its span.
+    fn record(&self, shared: &Shared, reason: &'static str, now: Instant) {
         let seconds = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
             (Some(from), Some(to)) => Some(to.saturating_duration_since(from).as_secs_f64()),
             _ => None,
         };
-        metrics.observe_finished(&FinishedRequest {
+        let metrics = &shared.metrics.engine;
+        let finished = FinishedRequest {
             reason,
             num_prompt_tokens: self.num_prompt_tokens,
             num_cached_tokens: self.num_cached_tokens,
@@ -488,7 +533,22 @@ impl Client {
             prefill_s: seconds(self.admitted, self.first_token),
             decode_s: seconds(self.first_token, self.last_token),
             inference_s: seconds(self.admitted, self.last_token),
-        });
+        };
+        metrics.observe_finished(&finished);
+        if let Some(longest) = self.group.finish(self.num_generated) {
+            metrics.observe_group(self.group.size(), longest);
+        }
+        if let (Some(ids), Some(tracer)) = (&self.span, &shared.config.tracer) {
+            let ttft_s = seconds(Some(self.arrival), self.first_token);
+            let request = TracedRequest {
+                id: &self.request_id,
+                n: self.group.size(),
+                sampling: &self.sampling,
+                arrival: self.arrival,
+                ttft_s,
+            };
+            tracer.export(request.span(ids.clone(), &finished));
+        }
     }
 }
 

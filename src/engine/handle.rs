@@ -13,6 +13,7 @@ use super::scheduler::{NewSequence, Scheduler, SchedulerOptions, SequenceId};
 use super::{EngineConfig, EngineError, EngineRequest, EngineStats, PauseMode, SequenceStream};
 use crate::config::SchedulingPolicy;
 use crate::metrics::Metrics;
+use crate::otlp::Tracer;
 use crate::step::{Capacity, Executor};
 
 /// Whether the engine can serve.
@@ -148,11 +149,19 @@ impl EngineHandle {
             sink,
             arrival: request.arrival,
             request_id: request.id,
+            group: request.group,
+            // Here, in the task that serves the request, because the caller's trace context is a property of that task.
+            span: self.shared.config.tracer.as_ref().and_then(Tracer::begin),
         };
         match self.commands.send(Command::Submit(Box::new(submission))) {
             Ok(()) => Ok(stream),
             Err(_) => Err(EngineError::Stopped),
         }
+    }
+
+    /// Where the spans of its sequences go.
+    pub fn tracer(&self) -> Option<&Tracer> {
+        self.shared.config.tracer.as_ref()
     }
 
     /// What the executor can hold.

@@ -11,8 +11,10 @@ pub mod scheduler;
 pub mod scripted;
 mod sequence;
 mod stream;
+mod trace;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 pub use handle::{EngineHandle, Exit, Health};
@@ -20,6 +22,7 @@ pub use repetition::RepetitionDetection;
 pub use stream::SequenceStream;
 
 use crate::config::SchedulerConfig;
+use crate::otlp::Tracer;
 use crate::step::{SampledToken, SamplingParams, TokenId, TokenLogprobs};
 
 /// What the engine needs besides the executor's [`Capacity`](crate::step::Capacity).
@@ -34,6 +37,8 @@ pub struct EngineConfig {
     pub log_stats_interval: Option<Duration>,
     /// Work without progress for longer makes [`Health::Stalled`].
     pub stall_timeout: Duration,
+    /// Gets a span per sequence; none = no traces.
+    pub tracer: Option<Tracer>,
 }
 
 impl EngineConfig {
@@ -45,6 +50,7 @@ impl EngineConfig {
             max_model_len,
             log_stats_interval: Some(Duration::from_secs(10)),
             stall_timeout: Duration::from_secs(300),
+            tracer: None,
         }
     }
 }
@@ -93,6 +99,37 @@ pub struct EngineRequest {
     /// False: the request computes its whole prompt (prompt logprobs need it). Its blocks are still cached.
     pub read_prefix_cache: bool,
     pub arrival: Instant,
+    /// The choices it belongs to.
+    pub group: Arc<ChoiceGroup>,
+}
+
+/// The sequences of one request's choices, which some metrics count as one.
+#[derive(Debug)]
+pub struct ChoiceGroup {
+    size: u32,
+    num_finished: AtomicU32,
+    /// Tokens of the longest choice.
+    longest: AtomicUsize,
+}
+
+impl ChoiceGroup {
+    pub fn new(size: u32) -> Arc<Self> {
+        Arc::new(Self {
+            size,
+            num_finished: AtomicU32::new(0),
+            longest: AtomicUsize::new(0),
+        })
+    }
+
+    fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// A choice is over; the longest one's tokens when it was the last.
+    fn finish(&self, num_tokens: usize) -> Option<usize> {
+        let longest = self.longest.fetch_max(num_tokens, Ordering::AcqRel).max(num_tokens);
+        (self.num_finished.fetch_add(1, Ordering::AcqRel) + 1 == self.size).then_some(longest)
+    }
 }
 
 /// When the engine itself ends a sequence. Stop strings are the text layer's.
@@ -160,6 +197,9 @@ pub enum EngineError {
     /// The device failed under this request.
     #[error("the engine failed: {0}")]
     Device(String),
+    /// The server's time is over and the request was not done.
+    #[error("the server is shutting down")]
+    ShuttingDown,
     /// The engine is shutting down or dead.
     #[error("the engine is not running")]
     Stopped,

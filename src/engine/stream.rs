@@ -63,6 +63,21 @@ impl SequenceStream {
         }
     }
 
+    /// Ends the sequence on the reader's account, successfully: its text is complete with the first `num_tokens` tokens.
+    pub fn stop(mut self, num_tokens: usize) {
+        if self.ended {
+            return;
+        }
+        self.ended = true;
+        if let Some(commands) = &self.commands {
+            // A stopped engine has nothing to end.
+            let _ = commands.send(Command::Stop {
+                id: self.id,
+                num_tokens,
+            });
+        }
+    }
+
     /// All tokens since the last call; none after the end.
     pub async fn next_event(&mut self) -> Option<Result<SequenceEvent, EngineError>> {
         futures_util::StreamExt::next(self).await

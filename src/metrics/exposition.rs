@@ -8,8 +8,8 @@ use prometheus::proto::{Metric, MetricFamily, MetricType};
 /// Families that are shown as a summary without quantiles: only their sum and count are read.
 const SUMMARIES: &[&str] = &["http_request_size_bytes", "http_response_size_bytes"];
 
-/// One family, and its `_created` companion.
-pub fn render_family(out: &mut String, family: &MetricFamily, created_s: f64) {
+/// One family, and its `_created` companion where that is wanted.
+pub fn render_family(out: &mut String, family: &MetricFamily, created_s: Option<f64>) {
     let (name, help) = (family.name(), family.help());
     let kind = match family.get_field_type() {
         MetricType::COUNTER => "counter",
@@ -42,7 +42,7 @@ pub fn render_family(out: &mut String, family: &MetricFamily, created_s: f64) {
             }
         }
     }
-    if kind != "gauge" {
+    if let Some(created_s) = created_s.filter(|_| kind != "gauge") {
         let created = format!(
             "{}_created",
             if kind == "counter" {

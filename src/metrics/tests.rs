@@ -1,4 +1,10 @@
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Deserialize;
+
 use super::*;
+use crate::config::observability::HistogramBuckets;
 
 #[test]
 fn numbers_are_written_as_python_does() {
@@ -47,148 +53,129 @@ fn families(page: &str) -> BTreeMap<String, (String, Vec<String>)> {
     found
 }
 
-/// What vLLM 0.33 shows on a text model, as recorded from a running server: name, type, labels.
-const VLLM_FAMILIES: &[(&str, &str, &[&str])] = &[
-    (
-        "vllm:estimated_flops_per_gpu_total",
-        "counter",
-        &["engine", "model_name"],
-    ),
-    ("vllm:num_requests_running", "gauge", &["engine", "model_name"]),
-    ("vllm:num_requests_waiting", "gauge", &["engine", "model_name"]),
-    (
-        "vllm:num_requests_waiting_by_reason",
-        "gauge",
-        &["engine", "model_name", "reason"],
-    ),
-    (
-        "vllm:engine_sleep_state",
-        "gauge",
-        &["engine", "model_name", "sleep_state"],
-    ),
-    ("vllm:kv_cache_usage_perc", "gauge", &["engine", "model_name"]),
-    ("vllm:prefix_cache_queries_total", "counter", &["engine", "model_name"]),
-    ("vllm:prefix_cache_queries_created", "gauge", &["engine", "model_name"]),
-    ("vllm:prefix_cache_hits_total", "counter", &["engine", "model_name"]),
-    (
-        "vllm:external_prefix_cache_hits_total",
-        "counter",
-        &["engine", "model_name"],
-    ),
-    ("vllm:mm_cache_hits_total", "counter", &["engine", "model_name"]),
-    ("vllm:num_preemptions_total", "counter", &["engine", "model_name"]),
-    ("vllm:prompt_tokens_total", "counter", &["engine", "model_name"]),
-    (
-        "vllm:prompt_tokens_by_source_total",
-        "counter",
-        &["engine", "model_name", "source"],
-    ),
-    ("vllm:prompt_tokens_cached_total", "counter", &["engine", "model_name"]),
-    (
-        "vllm:prompt_tokens_cached_by_source_total",
-        "counter",
-        &["engine", "model_name", "source"],
-    ),
-    ("vllm:generation_tokens_total", "counter", &["engine", "model_name"]),
-    (
-        "vllm:request_success_total",
-        "counter",
-        &["engine", "finished_reason", "model_name"],
-    ),
-    ("vllm:admission_rejections_total", "counter", &["model_name", "reason"]),
-    ("vllm:request_prompt_tokens", "histogram", &["engine", "model_name"]),
-    ("vllm:request_generation_tokens", "histogram", &["engine", "model_name"]),
-    ("vllm:iteration_tokens_total", "histogram", &["engine", "model_name"]),
-    (
-        "vllm:iteration_tokens_total_created",
-        "gauge",
-        &["engine", "model_name"],
-    ),
-    (
-        "vllm:request_max_num_generation_tokens",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    ("vllm:request_params_n", "histogram", &["engine", "model_name"]),
-    ("vllm:request_params_max_tokens", "histogram", &["engine", "model_name"]),
-    (
-        "vllm:time_to_first_token_seconds",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    (
-        "vllm:inter_token_latency_seconds",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    (
-        "vllm:request_time_per_output_token_seconds",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    (
-        "vllm:e2e_request_latency_seconds",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    (
-        "vllm:request_queue_time_seconds",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    (
-        "vllm:request_inference_time_seconds",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    (
-        "vllm:request_prefill_time_seconds",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    (
-        "vllm:request_decode_time_seconds",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    ("vllm:request_num_preemptions", "histogram", &["engine", "model_name"]),
-    (
-        "vllm:request_prefill_kv_computed_tokens",
-        "histogram",
-        &["engine", "model_name"],
-    ),
-    ("http_requests_total", "counter", &["handler", "method", "status"]),
-    ("http_requests_created", "gauge", &["handler", "method", "status"]),
-    ("http_request_size_bytes", "summary", &["handler"]),
-    ("http_response_size_bytes", "summary", &["handler"]),
-    ("http_request_duration_highr_seconds", "histogram", &[]),
-    ("http_request_duration_seconds", "histogram", &["handler", "method"]),
-];
+/// A family as the golden file lists it.
+#[derive(Deserialize)]
+struct Expected {
+    name: String,
+    r#type: String,
+    labels: Vec<String>,
+    #[serde(default)]
+    created: bool,
+    #[serde(default)]
+    values: BTreeMap<String, Vec<String>>,
+    bucket_family: Option<String>,
+    buckets: Option<Vec<f64>>,
+}
+
+#[derive(Deserialize)]
+struct Golden {
+    bucket_families: BTreeMap<String, Vec<f64>>,
+    metrics: Vec<Expected>,
+}
+
+/// A page on which every family has been observed.
+fn full_page() -> String {
+    let metrics = Metrics::new("a \"name\"", 4096);
+    for status in [200, 302, 404, 503] {
+        metrics
+            .http
+            .observe("/v1/models", "GET", status, Duration::from_millis(20), 0, 100);
+    }
+    for request_type in [RequestType::ChatCompletions, RequestType::Responses, RequestType::Other] {
+        for (streaming, found_call) in [(true, true), (true, false), (false, true), (false, false)] {
+            metrics
+                .frontend
+                .observe_tool_parser(streaming, found_call, request_type);
+        }
+    }
+    assert!(!metrics.render().contains("sleep_mode"), "it has not slept yet");
+    drop(metrics.sleep_operation("sleep"));
+    metrics.engine.set_cache_config(&[("block_size", "16".into())]);
+    metrics.render()
+}
 
 #[test]
-fn the_page_has_vllms_families_types_and_labels() {
-    let metrics = Metrics::new("a \"name\"", 4096);
-    metrics
-        .http
-        .observe("/v1/models", "GET", 200, Duration::from_millis(20), 0, 100);
-    metrics.engine.set_cache_config(&[("block_size", "16".into())]);
-    let page = metrics.render();
+fn the_page_has_vllms_families_types_labels_and_buckets() {
+    let golden = include_str!("../../compat-tests/goldens/vllm-metrics.json");
+    let golden: Golden = serde_json::from_str(golden).unwrap();
+    let page = full_page();
     let found = families(&page);
-    for (name, kind, labels) in VLLM_FAMILIES {
-        let (found_kind, found_labels) = found.get(*name).unwrap_or_else(|| panic!("{name} is missing"));
+    for expected in &golden.metrics {
+        let name = &expected.name;
+        let (kind, labels) = found.get(name).unwrap_or_else(|| panic!("{name} is missing"));
+        assert_eq!((kind, labels), (&expected.r#type, &expected.labels), "{name}");
+        let base = name
+            .strip_suffix("_total")
+            .filter(|_| kind == "counter")
+            .unwrap_or(name);
         assert_eq!(
-            (found_kind.as_str(), found_labels.as_slice()),
-            (*kind, owned(labels).as_slice()),
-            "{name}"
+            found.contains_key(&format!("{base}_created")),
+            expected.created,
+            "{name}_created"
         );
+        for (label, values) in &expected.values {
+            for value in values {
+                let pair = format!("{label}=\"{value}\"");
+                let shown = page
+                    .lines()
+                    .any(|line| line.starts_with(name.as_str()) && line.contains(&pair));
+                assert!(shown, "{name} has no {pair}");
+            }
+        }
+        let family = expected
+            .bucket_family
+            .as_ref()
+            .map(|family| &golden.bucket_families[family]);
+        if let Some(bounds) = family.or(expected.buckets.as_ref()) {
+            assert_eq!(&self::bounds(&page, name), bounds, "{name}");
+        }
     }
-    assert_eq!(found["vllm:cache_config_info"].1.len(), CACHE_CONFIG_LABELS.len() + 2);
     assert!(page.contains(r#"cache_dtype="None""#) && page.contains(r#",block_size="16","#));
     assert!(page.contains(r#"model_name="a \"name\"""#));
 }
 
-fn owned(labels: &[&str]) -> Vec<String> {
-    labels.iter().map(|&label| label.to_owned()).collect()
+/// The finite bounds of a histogram's first series.
+fn bounds(page: &str, name: &str) -> Vec<f64> {
+    let prefix = format!("{name}_bucket{{");
+    let all = page.lines().filter_map(|line| line.strip_prefix(prefix.as_str()));
+    let texts = all.map(|rest| rest.split_once("le=\"").unwrap().1.split_once('"').unwrap().0);
+    texts
+        .take_while(|text| *text != "+Inf")
+        .map(|text| text.parse().unwrap())
+        .collect()
+}
+
+#[test]
+fn flags_choose_series_and_buckets() {
+    let mut buckets = HistogramBuckets::default();
+    buckets.set("request_latency", vec![0.5, 2.0]);
+    let config = MetricsConfig {
+        created: false,
+        buckets,
+        ..MetricsConfig::default()
+    };
+    let page = Metrics::with_config("m", 10, config).render();
+    assert!(!page.contains("_created"));
+    assert_eq!(bounds(&page, "vllm:e2e_request_latency_seconds"), [0.5, 2.0]);
+    let config = MetricsConfig {
+        engine: false,
+        ..MetricsConfig::default()
+    };
+    let page = Metrics::with_config("m", 10, config).render();
+    assert!(!page.contains("vllm:") && page.contains("http_request_duration_highr_seconds_count 0.0"));
+}
+
+#[test]
+fn a_requests_choices_count_once() {
+    let metrics = Metrics::new("m", 100);
+    metrics.engine.observe_group(3, 7);
+    let page = metrics.render();
+    for line in [
+        r#"vllm:request_params_n_sum{engine="0",model_name="m"} 3.0"#,
+        r#"vllm:request_max_num_generation_tokens_sum{engine="0",model_name="m"} 7.0"#,
+    ] {
+        assert!(page.lines().any(|found| found == line), "{line}");
+    }
 }
 
 #[test]

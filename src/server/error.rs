@@ -269,7 +269,7 @@ impl IntoResponse for AnthropicError {
 impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         match error {
-            EngineError::Overloaded(_) => Self::new(
+            EngineError::Overloaded(_) | EngineError::ShuttingDown => Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "Service Unavailable",
                 error.to_string(),

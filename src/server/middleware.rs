@@ -1,5 +1,6 @@
 //! What every request passes: root path, CORS, API key, request id, access log, and a 500 where a handler panicked.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -15,7 +16,9 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::error::{self, ApiError};
+use super::observed::{Observation, observe};
 use super::{App, UNMEASURED, routes};
+use crate::otlp::{self, TRACE_PARENT, TRACE_STATE, TraceContext};
 
 pub const REQUEST_ID: &str = "x-request-id";
 
@@ -45,7 +48,8 @@ pub async fn around(State(app): State<Arc<App>>, mut request: Request, next: Nex
         if request.method() == Method::HEAD && !routes::answers_head(request.uri().path()) {
             *request.method_mut() = Method::TRACE;
         }
-        match AssertUnwindSafe(next.run(request)).catch_unwind().await {
+        let answer = otlp::in_context(trace_context(&request_headers), next.run(request));
+        match AssertUnwindSafe(answer).catch_unwind().await {
             Ok(response) => response,
             Err(panic) => {
                 tracing::error!("a handler panicked: {}", panic_message(panic.as_ref()));
@@ -60,13 +64,17 @@ pub async fn around(State(app): State<Arc<App>>, mut request: Request, next: Nex
     }
     if let Some(start) = log {
         let status = response.status();
-        println!(
-            "{start} {} {}",
-            status.as_u16(),
-            status.canonical_reason().unwrap_or("")
-        );
+        let reason = status.canonical_reason().unwrap_or("");
+        // A log that cannot be written, on a full disk perhaps, is no reason to fail a request.
+        let _ = writeln!(std::io::stdout(), "{start} {} {reason}", status.as_u16());
     }
     response
+}
+
+/// The caller's place in its trace; none without valid headers.
+fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    TraceContext::parse(text(TRACE_PARENT)?, text(TRACE_STATE))
 }
 
 /// Inside the router, where the route is known: counts and times requests under vLLM's names.
@@ -85,15 +93,20 @@ pub async fn measure(State(app): State<Arc<App>>, request: Request, next: Next) 
         Some(in_flight) => in_flight.until_end_of(response),
         None => response,
     };
-    let handler = route.as_deref().unwrap_or("none");
-    if !UNMEASURED.iter().any(|path| handler.starts_with(path)) {
-        let response_bytes = content_length(response.headers());
-        let status = response.status().as_u16();
-        app.metrics
-            .http
-            .observe(handler, method, status, start.elapsed(), request_bytes, response_bytes);
+    let handler = route.unwrap_or_else(|| "none".to_owned());
+    if UNMEASURED.iter().any(|path| handler.starts_with(path)) {
+        return response;
     }
-    response
+    let observation = Observation {
+        handler,
+        method,
+        status: response.status().as_u16(),
+        start,
+        request_bytes,
+        response_bytes: content_length(response.headers()),
+        app,
+    };
+    observe(response, observation)
 }
 
 /// Clients can invent methods; a metric's labels must stay few. HEAD arrives here as TRACE, see [`around`].
@@ -156,12 +169,17 @@ fn response_id(request: &HeaderMap) -> HeaderValue {
 
 /// uvicorn's access line up to the status.
 fn access_line_start(request: &Request) -> String {
-    let peer = match request.extensions().get::<Peer>() {
-        Some(Peer(address)) => address.to_string(),
-        None => "-".to_owned(),
-    };
+    // uvicorn shows nobody where there is no address, on a Unix socket.
+    let peer = request
+        .extensions()
+        .get::<Peer>()
+        .map_or_else(String::new, |Peer(address)| address.to_string());
     let target = request.uri().path_and_query().map_or("/", PathAndQuery::as_str);
-    format!("INFO:     {peer} - \"{} {target} HTTP/1.1\"", request.method())
+    format!(
+        "INFO:     {peer} - \"{} {target} {:?}\"",
+        request.method(),
+        request.version()
+    )
 }
 
 /// The API keys, hashed: a comparison takes the same time whatever was sent.

@@ -6,6 +6,7 @@
 
 pub mod anthropic;
 pub mod body;
+mod ciphers;
 pub mod cors;
 pub mod error;
 pub mod field;
@@ -14,10 +15,12 @@ pub mod ids;
 pub mod listen;
 pub mod load;
 pub mod middleware;
+mod observed;
 pub mod openai;
 pub mod query;
 pub mod routes;
 pub mod sse;
+pub mod tls;
 pub mod vllm;
 
 #[cfg(test)]
@@ -123,13 +126,6 @@ impl App {
 
     pub fn engine(&self) -> &EngineHandle {
         self.text().engine()
-    }
-
-    /// `--enable-log-requests`: what was asked, without its text.
-    fn log_request(&self, id: &str, prompt_tokens: usize, n: u32) {
-        if self.config.log_requests {
-            tracing::info!("Received request {id}: {prompt_tokens} prompt tokens, n {n}");
-        }
     }
 
     /// The name a response carries: the request's, which must be served, else the main one.

@@ -19,7 +19,7 @@ use futures_util::stream::{self, BoxStream, StreamExt, TryStreamExt};
 use super::detokenizer::Detokenizer;
 use super::logprobs::text_logprobs;
 use super::{BeamSearch, GenerateRequest, TextDelta, TextEngine, TextError, TextFinish};
-use crate::engine::{EngineError, EngineRequest, FinishReason, SequenceStream, StopConditions};
+use crate::engine::{ChoiceGroup, EngineError, EngineRequest, FinishReason, SequenceStream, StopConditions};
 use crate::step::{LogprobsMode, SamplingParams, TokenId, TokenLogprobs};
 
 /// Starts a search; its deltas come at its end, one per choice, the best first. Dropping the stream ends it.
@@ -84,6 +84,7 @@ impl Steps {
             cache_salt: self.request.cache_salt.clone(),
             read_prefix_cache: true,
             arrival: Instant::now(),
+            group: ChoiceGroup::new(1),
         })
     }
 

@@ -9,11 +9,15 @@ use futures_util::stream::{BoxStream, SelectAll, Stream, StreamExt};
 
 use super::detokenizer::Detokenizer;
 use super::logprobs::text_logprobs;
+use super::request_log::{self, OutputLog};
 use super::stop::StopBuffer;
 use super::tokenizer::TokenizerError;
 use super::{GenerateRequest, TextDelta, TextError, TextFinish, Tokenizer};
 use crate::config::ModelConfig;
-use crate::engine::{EngineHandle, EngineRequest, FinishReason, SequenceEvent, SequenceStream, StopConditions};
+use crate::config::observability::RequestLogConfig;
+use crate::engine::{
+    ChoiceGroup, EngineHandle, EngineRequest, FinishReason, SequenceEvent, SequenceStream, StopConditions,
+};
 use crate::step::TokenId;
 
 /// What the model allows a prompt and its continuation.
@@ -50,15 +54,27 @@ struct Shared {
     engine: EngineHandle,
     tokenizer: Arc<Tokenizer>,
     limits: TextLimits,
+    log: RequestLogConfig,
 }
 
 impl TextEngine {
     pub fn new(engine: EngineHandle, tokenizer: Arc<Tokenizer>, limits: TextLimits) -> Self {
+        Self::with_log(engine, tokenizer, limits, RequestLogConfig::default())
+    }
+
+    /// As [`new`](Self::new), with requests and outputs logged.
+    pub fn with_log(
+        engine: EngineHandle,
+        tokenizer: Arc<Tokenizer>,
+        limits: TextLimits,
+        log: RequestLogConfig,
+    ) -> Self {
         Self {
             shared: Arc::new(Shared {
                 engine,
                 tokenizer,
                 limits,
+                log,
             }),
         }
     }
@@ -174,6 +190,7 @@ impl TextEngine {
         if request.n == 0 {
             return Err(TextError::invalid("n must be at least 1, got 0."));
         }
+        request_log::received(self.shared.log, &request, max_tokens, &self.shared.tokenizer);
         if let Some(search) = request.extensions.beam_search {
             return Ok(TextStream(Source::Beams(super::beam::search(
                 self, request, search, max_tokens,
@@ -185,7 +202,7 @@ impl TextEngine {
         if !request.ignore_eos {
             stop_token_ids.extend(limits.extra_eos.iter().filter(|&&id| Some(id) != eos));
         }
-        let mut sampling = request.sampling;
+        let mut sampling = request.sampling.clone();
         sampling.min_tokens = request.min_tokens;
         if request.min_tokens > 0 {
             // As vLLM: EOS is held back even where ignore_eos keeps it from stopping.
@@ -198,6 +215,7 @@ impl TextEngine {
         }
         let read_prefix_cache = sampling.prompt_logprobs.is_none();
         let arrival = Instant::now();
+        let group = ChoiceGroup::new(request.n);
         let mut choices = SelectAll::new();
         for index in 0..request.n {
             let mut sampling = sampling.clone();
@@ -221,12 +239,14 @@ impl TextEngine {
                 cache_salt: request.cache_salt.clone(),
                 read_prefix_cache,
                 arrival,
+                group: group.clone(),
             })?;
             choices.push(Choice {
                 events: Some(events),
                 interval: request.extensions.stream_interval,
                 begun: false,
                 gathered: None,
+                log: OutputLog::new(self.shared.log, &request),
                 writer: ChoiceWriter {
                     index,
                     tokenizer: self.shared.tokenizer.clone(),
@@ -296,6 +316,7 @@ where
 struct Choice {
     /// None after the end; dropping it stops the engine's sequence.
     events: Option<SequenceStream>,
+    log: Option<OutputLog>,
     writer: ChoiceWriter,
     /// Tokens that a delta gathers.
     interval: usize,
@@ -330,13 +351,19 @@ impl Stream for Choice {
                 }
                 None => new,
             };
-            if delta.finish.is_some() {
-                self.events = None;
+            if let Some(finish) = &delta.finish {
+                // The engine does not know that a stop string has ended it.
+                if let (TextFinish::StopString(_), Some(events)) = (finish, self.events.take()) {
+                    events.stop(self.writer.num_tokens as usize);
+                }
             } else if self.begun && delta.token_ids.len() < self.interval {
                 self.gathered = Some(delta);
                 continue;
             }
             self.begun = true;
+            if let Some(log) = &mut self.log {
+                log.delta(&delta);
+            }
             return Poll::Ready(Some(Ok(delta)));
         }
     }

@@ -6,6 +6,7 @@ mod beam;
 pub mod detokenizer;
 pub mod generate;
 pub mod logprobs;
+mod request_log;
 pub mod sampling;
 pub mod stop;
 pub mod tokenizer;
@@ -54,6 +55,8 @@ pub struct GenerateExtensions {
     pub repetition_detection: Option<RepetitionDetection>,
     /// The choices are the `n` best beams of a search, not samples.
     pub beam_search: Option<BeamSearch>,
+    /// The client reads deltas; for logs.
+    pub stream: bool,
 }
 
 /// Beam search; its width is the request's `n`.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::engine::scripted::{self, ScriptControl, ScriptedExecutor};
-use crate::engine::{FinishReason, SequenceEvent, StopConditions};
+use crate::engine::{ChoiceGroup, FinishReason, SequenceEvent, StopConditions};
 use crate::step::{ExecutorError, SamplingParams, TokenId};
 
 fn request(prompt: &[TokenId], max_tokens: u32) -> EngineRequest {
@@ -23,6 +23,7 @@ fn request(prompt: &[TokenId], max_tokens: u32) -> EngineRequest {
         cache_salt: None,
         read_prefix_cache: true,
         arrival: Instant::now(),
+        group: ChoiceGroup::new(1),
     }
 }
 
@@ -230,13 +231,13 @@ async fn draining_finishes_what_runs_and_aborts_what_comes() {
 }
 
 #[tokio::test]
-async fn the_drain_deadline_aborts_what_is_left() {
+async fn the_drain_deadline_fails_what_is_left() {
     let (engine, control) = hashing(|_, _| {});
     control.set_step_delay(Duration::from_millis(2));
     let mut stream = engine.submit(request(&[1, 2], 4000)).unwrap();
     stream.next_event().await.unwrap().unwrap();
     assert_eq!(engine.drain(Instant::now()).await, Exit::Finished);
-    assert_eq!(collect(stream).await.unwrap().1, FinishReason::Abort);
+    assert!(matches!(collect(stream).await, Err(EngineError::ShuttingDown)));
 }
 
 #[tokio::test]
@@ -425,5 +426,22 @@ async fn the_first_event_tells_cached_tokens_and_metrics_count_them() {
         r#"vllm:request_generation_tokens_sum{engine="0",model_name="test"} 6.0"#,
     ] {
         assert!(text.lines().any(|found| found == line), "{line}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_has_enough_ends_the_sequence_successfully() {
+    let (engine, control) = hashing(|_, _| {});
+    control.set_step_delay(Duration::from_millis(2));
+    let mut stream = engine.submit(request(&[1, 2, 3], 4000)).unwrap();
+    stream.next_event().await.unwrap().unwrap();
+    stream.stop(1);
+    for line in [
+        r#"vllm:request_success_total{engine="0",finished_reason="stop",model_name="test"} 1.0"#,
+        r#"vllm:request_generation_tokens_sum{engine="0",model_name="test"} 1.0"#,
+        r#"vllm:request_params_n_count{engine="0",model_name="test"} 1.0"#,
+    ] {
+        let is_shown = || engine.shared.metrics.render().lines().any(|found| found == line);
+        until(line, is_shown).await;
     }
 }

@@ -160,5 +160,6 @@ fn extensions(fields: &SamplingFields, app: &App) -> GenerateExtensions {
         beam_search: fields.use_beam_search.unwrap_or(false).then(|| BeamSearch {
             length_penalty: fields.length_penalty.unwrap_or(1.0),
         }),
+        stream: fields.stream.unwrap_or(false),
     }
 }

@@ -6,6 +6,7 @@ pub mod convert;
 pub mod models;
 pub mod reply;
 pub mod tokenize;
+pub mod tool_metrics;
 pub mod truncate;
 pub mod types;
 pub mod validate;

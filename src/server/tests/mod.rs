@@ -23,6 +23,7 @@ use tower::ServiceExt;
 
 use super::{App, ServedModel, router};
 use crate::chat::ChatEngine;
+use crate::config::http::HttpConfig;
 use crate::config::{ChatConfig, GenerationDefaults, ModelFiles, ParserChoice, RoutesConfig, ServerConfig, ServerInfo};
 use crate::engine::EngineHandle;
 use crate::engine::scripted::{self, ScriptControl, ScriptedExecutor};
@@ -79,6 +80,7 @@ fn server_config() -> ServerConfig {
     ServerConfig {
         host: None,
         port: 0,
+        http: HttpConfig::default(),
         api_keys: Vec::new(),
         root_path: String::new(),
         allowed_origins: Vec::new(),
@@ -91,14 +93,11 @@ fn server_config() -> ServerConfig {
         return_tokens_as_token_ids: false,
         stream_interval: 1,
         per_request_metrics: false,
+        lifecycle_log: false,
         access_log: false,
         access_log_excluded_paths: Vec::new(),
-        log_requests: false,
-        log_stats: false,
-        log_stats_interval_s: 10.0,
         shutdown_timeout_s: 0,
         sse_keep_alive_s: 0,
-        http_keep_alive_s: 5,
         max_body_bytes: 1 << 20,
         fingerprint: Some("vllm-test".into()),
         routes: RoutesConfig {

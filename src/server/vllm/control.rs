@@ -80,6 +80,7 @@ pub async fn is_paused(State(app): State<Arc<App>>) -> Json<Value> {
 pub async fn sleep(State(app): State<Arc<App>>, query: QueryParams) -> Result<Json<Value>, ApiError> {
     let level = query.one_of("level", &LEVELS)?;
     let mode = query.one_of("mode", &MODES)?;
+    let _operation = app.metrics.sleep_operation("sleep");
     app.engine().sleep(mode).await?;
     if level > 0 && mode != PauseMode::Keep {
         app.engine().reset_prefix_cache(false).await?;
@@ -109,6 +110,7 @@ pub async fn wake_up(State(app): State<Arc<App>>, query: QueryParams) -> Result<
             unknown,
         ));
     }
+    let _operation = app.metrics.sleep_operation("wake_up");
     let awake = {
         let mut asleep = app.control.asleep();
         asleep.retain(|part| !tags.is_empty() && !tags.contains(part));

@@ -17,10 +17,11 @@ use axum::response::{IntoResponse, Response};
 use self::reply::{EventBuilder, MessageReply};
 use self::types::MessagesRequest;
 use crate::chat;
+use crate::metrics::RequestType;
 use crate::server::body::JsonBody;
 use crate::server::error::{AnthropicError, ApiError};
-use crate::server::openai::chat_completions;
 use crate::server::openai::convert::RequestContext;
+use crate::server::openai::{chat_completions, tool_metrics};
 use crate::server::{App, sse};
 
 pub async fn create(
@@ -38,6 +39,7 @@ async fn answer(request: MessagesRequest, headers: &HeaderMap, app: &App) -> Res
     let request = convert::convert(request, disabled_effort);
     let context = RequestContext::new("chatcmpl-", request.model.as_deref(), &request.sampling, headers, app)?;
     let (reply, events) = chat_completions::start(request, context, app).await?;
+    let events = tool_metrics::counted(events, app.metrics.clone(), streams, RequestType::Other);
     let n = reply.n;
     let reply = MessageReply::new(reply);
     if streams {

@@ -19,9 +19,11 @@ use self::reply::{ChatReply, ChunkBuilder};
 use self::types::ChatCompletionRequest;
 use self::validate::ChatRules;
 use crate::chat::{self, Chat, ChatStream};
+use crate::metrics::RequestType;
 use crate::server::body::JsonBody;
 use crate::server::error::ApiError;
 use crate::server::openai::convert::RequestContext;
+use crate::server::openai::tool_metrics;
 use crate::server::{App, sse};
 
 pub async fn create(
@@ -32,6 +34,7 @@ pub async fn create(
     let context = RequestContext::new("chatcmpl-", request.model.as_deref(), &request.sampling, &headers, &app)?;
     let streams = request.sampling.stream.unwrap_or(false);
     let (reply, events) = start(request, context, &app).await?;
+    let events = tool_metrics::counted(events, app.metrics.clone(), streams, RequestType::ChatCompletions);
     if streams {
         let keep_alive = Duration::from_secs(app.config.sse_keep_alive_s);
         return Ok(sse::response(sse::framed(events, ChunkBuilder::new(reply)), keep_alive));
@@ -56,10 +59,8 @@ pub async fn start(
 /// The conversation cannot be rendered, the prompt is too long, or the queue is full.
 pub async fn begin(conversion: Conversion, app: &App) -> Result<(ChatReply, ChatStream), ApiError> {
     let Conversion { request, mut reply } = conversion;
-    app.metrics.frontend.request_params_n.observe(f64::from(reply.n));
     let Chat { prompt, events } = app.chat.chat(request).await?;
     reply.set_prompt(prompt, app.engine());
-    app.log_request(&reply.head.id, reply.prompt.len(), reply.n);
     Ok((reply, events))
 }
 

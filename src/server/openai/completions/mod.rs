@@ -34,14 +34,8 @@ pub async fn create(
     let streams = request.sampling.stream.unwrap_or(false);
     let converting = app.clone();
     let conversion = blocking(move || convert(request, &converting, context)).await??;
-    app.metrics
-        .frontend
-        .request_params_n
-        .observe(f64::from(conversion.reply.n));
 
     let (deltas, reply) = start(&app, conversion)?;
-    let prompt_tokens = reply.prompts.iter().map(|prompt| prompt.ids.len()).sum();
-    app.log_request(&reply.head.id, prompt_tokens, reply.n);
     if streams {
         let keep_alive = Duration::from_secs(app.config.sse_keep_alive_s);
         return Ok(sse::response(chunks(deltas, ChunkBuilder::new(reply)), keep_alive));
