@@ -4,13 +4,11 @@
 // out [T, Nq 64]. D = 64, P a multiple of 16; softmax and accumulation in f32.
 // Grouped queries share the tile: the M side of an MMA holds (token, head) pairs of one KV head, so K and V are read once per group.
 //
-// attention_tile<ROWS>: one block per (piece, KV head): a piece is up to 32 tokens of one row, G = Nq / Nk heads each; a warp owns 16
-// of the (token, head) rows. KV goes through shared memory in pieces of 64 tokens, double buffered with cp.async.
-// Grid (pieces, Nk, splits). For decode rows (one token) the context is cut at fixed multiples of `split_tokens`, whatever the batch,
-// so a row's sum never depends on its neighbours; each split leaves (max, sum, unnormalised out) in `partial` and
-// attention_merge adds them in order.
+// attention_prefill: rows of more than one token; attention_decode.cu takes the others.
+// Grid: (pieces, Nk): a piece is up to 32 tokens of one row, G = Nq / Nk heads each; a warp owns 16 of the (token, head) rows. KV goes
+// through shared memory in tiles of 64 tokens, double buffered with cp.async.
 // Cost: bytes = context · Nk · 64 · 4 per row; FLOPs 4 · Nq · 64 · context per token.
-// Source of the idea: online softmax over KV tiles and split contexts (FlashAttention-2, Flash-Decoding).
+// Source of the idea: online softmax over KV tiles (FlashAttention-2).
 #include "common.cuh"
 
 #define KV_TILE 64
@@ -31,9 +29,8 @@ DEVICE void load_kv(uint32_t to, const T *cache, const uint32_t *blocks, int hea
 template <typename T, int WARPS>  // WARPS · 16 (token, head) rows
 DEVICE void attend(const T *__restrict__ qkv, const T *__restrict__ k_cache, const T *__restrict__ v_cache,
                    const uint32_t *__restrict__ block_tables, const int32_t *__restrict__ piece_row, const uint32_t *__restrict__ piece_start,
-                   const uint32_t *__restrict__ row_starts, const uint32_t *__restrict__ context_lens, T *__restrict__ out,
-                   float *__restrict__ partial, int Nq, int Nk, int P, int max_blocks, float scale, int piece_tokens, int split_tokens,
-                   bool decode) {
+                   const uint32_t *__restrict__ row_starts, const uint32_t *__restrict__ context_lens, T *__restrict__ out, int Nq, int Nk,
+                   int P, int max_blocks, float scale, int piece_tokens) {
     __shared__ __align__(128) char smem[2][2][KV_TILE * 128];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int G = Nq / Nk, kv_head = blockIdx.y;
@@ -42,13 +39,12 @@ DEVICE void attend(const T *__restrict__ qkv, const T *__restrict__ k_cache, con
     const int row = piece_row[blockIdx.x];
     if (row < 0) return;
     const int row_begin = row_starts[row], row_end = row_starts[row + 1];
-    if ((row_end - row_begin == 1) != decode) return;  // each kind of row has its own launch
+    if (row_end - row_begin == 1) return;  // attention_decode.cu's
     const int t0 = piece_start[blockIdx.x], tokens = min(piece_tokens, row_end - t0);
     const int context = context_lens[row];
     const int q_position = context - (row_end - t0);  // of the piece's first token
     const int last = q_position + tokens;             // context that the piece's last token sees
-    const int begin = blockIdx.z * split_tokens, end = min(last, begin + split_tokens);
-    if (begin >= end) return;
+    const int begin = 0, end = last;
     const uint32_t *blocks = block_tables + (size_t)row * max_blocks;
 
     // Q as A operands: row m = token * G + head within the group.
@@ -153,62 +149,22 @@ DEVICE void attend(const T *__restrict__ qkv, const T *__restrict__ k_cache, con
         const int m = h ? m1 : m0;
         if (m >= rows) continue;
         const int head = kv_head * G + m % G;
-        if (decode) {
-            // [row][head][split][66]: out, then max and sum
-            float *to = partial + (((size_t)row * Nq + head) * gridDim.z + blockIdx.z) * 66;
+        T *to = out + ((size_t)(t0 + m / G) * Nq + head) * 64;
+        const float inverse = 1.f / sum[h];
 #pragma unroll
-            for (int j = 0; j < 8; j++) *reinterpret_cast<float2 *>(to + j * 8 + 2 * t) = make_float2(o[j][2 * h], o[j][2 * h + 1]);
-            if (t == 0) *reinterpret_cast<float2 *>(to + 64) = make_float2(high[h], sum[h]);
-        } else {
-            T *to = out + ((size_t)(t0 + m / G) * Nq + head) * 64;
-            const float inverse = 1.f / sum[h];
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-                *reinterpret_cast<uint32_t *>(to + j * 8 + 2 * t) = pack2<T>(o[j][2 * h] * inverse, o[j][2 * h + 1] * inverse);
-        }
+        for (int j = 0; j < 8; j++)
+            *reinterpret_cast<uint32_t *>(to + j * 8 + 2 * t) = pack2<T>(o[j][2 * h] * inverse, o[j][2 * h + 1] * inverse);
     }
 }
 
-// Grid: (S, ceil(Nq / 4)) blocks of 4 warps, a warp per head, a lane two elements.
-template <typename T>
-DEVICE void merge(const float *__restrict__ partial, const uint32_t *__restrict__ row_starts, const uint32_t *__restrict__ context_lens,
-                  const int32_t *__restrict__ slots, T *__restrict__ out, int Nq, int max_splits, int split_tokens) {
-    const int row = blockIdx.x, head = blockIdx.y * 4 + threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    pdl_launch();
-    pdl_wait();
-    if (head >= Nq || slots[row] < 0 || row_starts[row + 1] - row_starts[row] != 1) return;
-    const int splits = (context_lens[row] + split_tokens - 1) / split_tokens;
-    const float *from = partial + ((size_t)row * Nq + head) * max_splits * 66;
-    float high = -INFINITY, sum = 0.f;
-    float2 o = make_float2(0.f, 0.f);
-    for (int s = 0; s < splits; s++) high = fmaxf(high, from[s * 66 + 64]);
-    for (int s = 0; s < splits; s++) {
-        const float weight = exp2f(from[s * 66 + 64] - high);
-        const float2 v = *reinterpret_cast<const float2 *>(from + s * 66 + lane * 2);
-        sum += weight * from[s * 66 + 65];
-        o.x += weight * v.x;
-        o.y += weight * v.y;
-    }
-    const float inverse = 1.f / sum;
-    *reinterpret_cast<uint32_t *>(out + ((size_t)row_starts[row] * Nq + head) * 64 + lane * 2) = pack2<T>(o.x * inverse, o.y * inverse);
-}
-
-#define ATTEND(T, NAME, WARPS, DECODE, BLOCKS)                                                                                \
-    extern "C" __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)                                                         \
-        attention_##NAME##_##T(const T *qkv, const T *k_cache, const T *v_cache, const uint32_t *block_tables,                \
-                               const int32_t *piece_row, const uint32_t *piece_start, const uint32_t *row_starts,             \
-                               const uint32_t *context_lens, T *out, float *partial, int Nq, int Nk, int P, int max_blocks,   \
-                               float scale, int piece_tokens, int split_tokens) {                                             \
-        attend<T, WARPS>(qkv, k_cache, v_cache, block_tables, piece_row, piece_start, row_starts, context_lens, out, partial, \
-                         Nq, Nk, P, max_blocks, scale, piece_tokens, split_tokens, DECODE);                                   \
-    }
-#define ATTENTION(T)                                                                                                           \
-    ATTEND(T, prefill, 8, false, 1)                                                                                            \
-    ATTEND(T, decode, 1, true, 6)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(128)                                                                          \
-        attention_merge_##T(const float *partial, const uint32_t *row_starts, const uint32_t *context_lens,                    \
-                            const int32_t *slots, T *out, int Nq, int max_splits, int split_tokens) {                          \
-        merge<T>(partial, row_starts, context_lens, slots, out, Nq, max_splits, split_tokens);                                 \
+#define ATTENTION(T)                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(8 * WARP)                                                                   \
+        attention_prefill_##T(const T *qkv, const T *k_cache, const T *v_cache, const uint32_t *block_tables,                \
+                              const int32_t *piece_row, const uint32_t *piece_start, const uint32_t *row_starts,             \
+                              const uint32_t *context_lens, T *out, int Nq, int Nk, int P, int max_blocks, float scale,      \
+                              int piece_tokens) {                                                                            \
+        attend<T, 8>(qkv, k_cache, v_cache, block_tables, piece_row, piece_start, row_starts, context_lens, out, Nq, Nk, P,  \
+                     max_blocks, scale, piece_tokens);                                                                       \
     }
 ATTENTION(bf16)
 ATTENTION(f16)

@@ -435,8 +435,7 @@ mod cuda {
                 let batch = self.batch(rows, context)?;
                 let (mut qkv, mut out) = (self.tensor(rows, QKV, 1)?, self.tensor(rows, heads, 2)?);
                 self.time(&name, rows * context * 8 * 64 * 4, 0.0, |gpu, _| {
-                    gpu.qk_norm_rope_kv(&mut qkv, &norm, &norm, &ATTENTION, &batch, &mut kv)?;
-                    gpu.attention(&qkv, &ATTENTION, &batch, &kv, &mut out)
+                    gpu.qk_norm_rope_attention(&mut qkv, &norm, &norm, &ATTENTION, &batch, &mut kv, &mut out)
                 })?;
             }
             Ok(())

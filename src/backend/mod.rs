@@ -361,6 +361,21 @@ pub trait Backend: Send + 'static {
         kv: &Self::KvCache,
         out: &mut Self::Tensor,
     ) -> Result<()>;
+    /// [`qk_norm_rope_kv`](Backend::qk_norm_rope_kv), then [`attention`](Backend::attention); `qkv` holds neither's result for sure.
+    #[expect(clippy::too_many_arguments, reason = "the operands of the table")]
+    fn qk_norm_rope_attention(
+        &mut self,
+        qkv: &mut Self::Tensor,
+        q_norm: &Self::Weight,
+        k_norm: &Self::Weight,
+        shape: &AttentionShape,
+        batch: &Self::Batch,
+        kv: &mut Self::KvCache,
+        out: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.qk_norm_rope_kv(qkv, q_norm, k_norm, shape, batch, kv)?;
+        self.attention(qkv, shape, batch, kv, out)
+    }
     /// `[B | C | x] = bcx` `[T, 3H]`; `z = B ⊙ x`; `y_t = Σ_k taps[c, k] · z_{t-L+1+k}` (+ bias), z before the row from the
     /// slot's state; `out = C ⊙ y` `[T, H]`; the state keeps the last L − 1 columns of z. `taps` is `[H, L]`.
     fn short_conv(

@@ -16,6 +16,7 @@ impl<B: Backend> Suite<'_, B> {
         for (q, kv, d, block_size) in self.options.shapes.attentions.clone() {
             for kv_dtype in self.options.kv.clone() {
                 self.attention_case(&shape(q, kv, d), block_size, kv_dtype, &LENGTHS);
+                self.attention_of_long_rows(&shape(q, kv, d), block_size, kv_dtype);
             }
         }
     }
@@ -32,7 +33,7 @@ impl<B: Backend> Suite<'_, B> {
         let inputs: Vec<Vec<f32>> = lengths.iter().map(|n| self.rng.values(n * width)).collect();
         let wants: Vec<Vec<f64>> = inputs
             .iter()
-            .map(|x| reference_attention(x, &qw, &kw, shape, kv_dtype))
+            .map(|x| reference_attention(x, &qw, &kw, shape, kv_dtype, 0))
             .collect();
         let blocks = lengths.iter().max().map_or(1, |n| n.div_ceil(block_size));
         let mut kv = self
@@ -40,7 +41,10 @@ impl<B: Backend> Suite<'_, B> {
             .kv_cache(blocks * lengths.len(), block_size, shape, kv_dtype)
             .expect("kv_cache");
         let mut first: Option<Vec<Vec<f32>>> = None;
-        for steps in schedules(lengths) {
+        let both = schedules(lengths)
+            .into_iter()
+            .flat_map(|steps| [(steps.clone(), false), (steps, true)]);
+        for (steps, fused) in both {
             let mut outs: Vec<Vec<f32>> = vec![Vec::new(); lengths.len()];
             for step in &steps {
                 let got = self.attention_step(
@@ -53,6 +57,7 @@ impl<B: Backend> Suite<'_, B> {
                     blocks,
                     block_size,
                     &mut kv,
+                    fused,
                 );
                 let mut at = 0;
                 for p in step {
@@ -61,10 +66,8 @@ impl<B: Backend> Suite<'_, B> {
                 }
             }
             for (got, want) in outs.iter().zip(&wants) {
-                // 16-bit KV rounds values that differ in the last bit of f32 differently now and then.
-                let slack = if kv_dtype == DType::F32 { 1.0 } else { 50.0 };
                 let options = Options {
-                    tolerance: self.options.tolerance * slack,
+                    tolerance: self.attention_tolerance(kv_dtype),
                     ..self.options.clone()
                 };
                 Suite {
@@ -106,9 +109,67 @@ impl<B: Backend> Suite<'_, B> {
             blocks,
             block_size,
             &mut kv,
+            false,
         );
         let want = &first[0][start * nq * d..(start + len) * nq * d];
         self.same(&format!("{what}, replay"), &got[..len * nq * d], want);
+    }
+
+    /// Two decode steps of rows with contexts of one token to several hundred.
+    fn attention_of_long_rows(&mut self, shape: &AttentionShape, block_size: usize, kv_dtype: DType) {
+        const LENGTHS: [usize; 6] = [257, 702, 66, 2, 514, 321];
+        let (nq, nk, d) = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim);
+        let width = (nq + 2 * nk) * d;
+        let (qw, kw) = (self.rng.values(d), self.rng.values(d));
+        let (qt, kt) = (
+            self.weight(&[d], &qw, self.options.vectors),
+            self.weight(&[d], &kw, self.options.vectors),
+        );
+        let inputs: Vec<Vec<f32>> = LENGTHS.iter().map(|n| self.rng.values(n * width)).collect();
+        let blocks = 702usize.div_ceil(block_size);
+        let mut kv = self
+            .backend
+            .kv_cache(blocks * LENGTHS.len(), block_size, shape, kv_dtype)
+            .expect("kv_cache");
+        for fused in [false, true] {
+            let prompt: Vec<Piece> = LENGTHS
+                .iter()
+                .enumerate()
+                .filter(|(_, n)| **n > 2)
+                .map(|(s, n)| piece(s, 0, n - 2))
+                .collect();
+            self.attention_step(&prompt, &inputs, &qt, &kt, shape, 6, blocks, block_size, &mut kv, fused);
+            for back in [2, 1] {
+                let step: Vec<Piece> = LENGTHS.iter().enumerate().map(|(s, n)| piece(s, n - back, 1)).collect();
+                let got = self.attention_step(&step, &inputs, &qt, &kt, shape, 6, blocks, block_size, &mut kv, fused);
+                for (s, n) in LENGTHS.into_iter().enumerate() {
+                    let seen = &inputs[s][..(n + 1 - back) * width];
+                    let want = reference_attention(seen, &qw, &kw, shape, kv_dtype, n - back);
+                    let what = format!(
+                        "attention of a row of {}, {nq}/{nk} heads of {d}, blocks of {block_size}, KV {kv_dtype}, fused {fused}",
+                        n + 1 - back
+                    );
+                    let options = Options {
+                        tolerance: self.attention_tolerance(kv_dtype),
+                        ..self.options.clone()
+                    };
+                    Suite {
+                        backend: &mut *self.backend,
+                        options: &options,
+                        rng: Rng(0),
+                    }
+                    .close(&what, &got[s * nq * d..(s + 1) * nq * d], &want, nq * d);
+                }
+            }
+        }
+    }
+
+    /// 16-bit KV rounds values that differ in the last bit of f32 differently now and then.
+    fn attention_tolerance(&self, kv_dtype: DType) -> f64 {
+        match kv_dtype {
+            DType::F32 => self.options.tolerance,
+            _ => (self.options.tolerance * 50.0).min(3e-2).max(self.options.tolerance),
+        }
     }
 
     #[expect(clippy::too_many_arguments, reason = "one step's operands")]
@@ -123,6 +184,7 @@ impl<B: Backend> Suite<'_, B> {
         blocks: usize,
         block_size: usize,
         kv: &mut B::KvCache,
+        fused: bool,
     ) -> Vec<f32> {
         let width = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim;
         let b = layout(step, sequences, blocks, block_size);
@@ -135,6 +197,12 @@ impl<B: Backend> Suite<'_, B> {
             .collect();
         let mut qkv = self.tensor(tokens, width, &x);
         let mut out = self.tensor(tokens, shape.num_q_heads * shape.head_dim, &[]);
+        if fused {
+            self.backend
+                .qk_norm_rope_attention(&mut qkv, q_norm, k_norm, shape, &batch, kv, &mut out)
+                .expect("qk_norm_rope_attention");
+            return self.read(&out, tokens);
+        }
         self.backend
             .qk_norm_rope_kv(&mut qkv, q_norm, k_norm, shape, &batch, kv)
             .expect("qk_norm_rope_kv");
@@ -146,7 +214,15 @@ impl<B: Backend> Suite<'_, B> {
 }
 
 /// Causal attention over a whole sequence, `[n, (Nq + 2 Nk) D]` → `[n, Nq D]`.
-fn reference_attention(qkv: &[f32], qw: &[f32], kw: &[f32], shape: &AttentionShape, kv_dtype: DType) -> Vec<f64> {
+/// `from`: the first token whose result is wanted.
+fn reference_attention(
+    qkv: &[f32],
+    qw: &[f32],
+    kw: &[f32],
+    shape: &AttentionShape,
+    kv_dtype: DType,
+    from: usize,
+) -> Vec<f64> {
     let (nq, nk, d) = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim);
     let width = (nq + 2 * nk) * d;
     let n = qkv.len() / width;
@@ -173,8 +249,8 @@ fn reference_attention(qkv: &[f32], qw: &[f32], kw: &[f32], shape: &AttentionSha
                 .collect()
         })
         .collect();
-    let mut out = Vec::with_capacity(n * nq * d);
-    for t in 0..n {
+    let mut out = Vec::with_capacity((n - from) * nq * d);
+    for t in from..n {
         for h in 0..nq {
             let q = head(t, h, qw);
             let group = h / (nq / nk);

@@ -185,6 +185,7 @@ impl CudaBackend {
             return self.matrix_product(x, rows, w, bias, delta);
         }
         self.product_shape(x, rows, w, residual)?;
+        self.whole("linear_residual", x, rows)?;
         self.whole("linear_residual", residual, rows)?;
         delta.value.set(Value::Added);
         let out = residual.address();

@@ -114,8 +114,9 @@ pub struct CudaBackend {
     /// f32 partial sums of matrix products whose K is split over blocks, and a zeroed arrival counter per tile.
     split_partial: Memory,
     split_arrived: Memory,
-    /// `[splits, Nq, 66]` f32 partial results of decode attention.
+    /// `[splits, Nq, 66]` f32 partial results of decode attention, and a zeroed arrival counter per row and KV head.
     attention_partial: Option<Memory>,
+    attention_arrived: Memory,
     /// Recorded decode steps by what their launches depend on; none with `--enforce-eager`.
     graphs: Option<HashMap<GraphKey, Graph>>,
     timing: Option<Timing>,
@@ -170,6 +171,7 @@ const GRAPH_ROWS: &[usize] = &[
 
 const SPLIT_PARTIAL_BYTES: usize = 64 << 20;
 const SPLIT_TILES: usize = 16 << 10;
+const ATTENTION_COUNTERS: usize = 64 << 10;
 
 impl CudaBackend {
     /// # Errors
@@ -191,6 +193,7 @@ impl CudaBackend {
         Ok(CudaBackend {
             split_partial: Memory::new(&device, SPLIT_PARTIAL_BYTES, "workspace")?,
             split_arrived: Memory::new(&device, SPLIT_TILES * 4, "workspace")?,
+            attention_arrived: Memory::new(&device, ATTENTION_COUNTERS * 4, "workspace")?,
             device,
             dtype,
             suffix,
@@ -307,6 +310,70 @@ impl CudaBackend {
                 )
             },
         )
+    }
+
+    fn qkv_shape(
+        &self,
+        qkv: &CudaTensor,
+        q_norm: &CudaWeight,
+        k_norm: &CudaWeight,
+        shape: &AttentionShape,
+    ) -> Result<()> {
+        let heads = shape.num_q_heads + 2 * shape.num_kv_heads;
+        need(
+            "qk_norm_rope_kv",
+            shape.head_dim == 64 && qkv.cols == heads * 64 && q_norm.dtype == self.dtype && k_norm.dtype == self.dtype,
+            || format!("{heads} heads of {} in {} columns", shape.head_dim, qkv.cols),
+        )
+    }
+
+    /// Launches a kernel of attention_decode.cu; `more` follows the arguments that both have.
+    #[expect(clippy::too_many_arguments, reason = "a kernel's arguments")]
+    fn attend_decode_rows(
+        &self,
+        name: &str,
+        qkv: &CudaTensor,
+        shape: &AttentionShape,
+        batch: &CudaBatch,
+        kv: &CudaKvCache,
+        out: &CudaTensor,
+        more: &[u64],
+    ) -> Result<()> {
+        /// `DecodeShared`: four warps' K and V tiles, queries, results.
+        const SHARED_BYTES: usize = 4 * 2 * 64 * 128 + 16 * 128 + 4 * 4 * 66 * 4 + 16;
+        let group = shape.num_q_heads / shape.num_kv_heads;
+        need(
+            "attention",
+            group <= 4 && batch.rows * shape.num_kv_heads <= ATTENTION_COUNTERS,
+            || {
+                format!(
+                    "{} rows of {} KV heads, groups of {group}",
+                    batch.rows, shape.num_kv_heads
+                )
+            },
+        )?;
+        let mut args = vec![
+            qkv.address().arg(),
+            kv.k.address.arg(),
+            kv.v.address.arg(),
+            batch.block_tables().arg(),
+            batch.piece_row().arg(),
+            batch.row_starts().arg(),
+            batch.context_lens().arg(),
+            out.address().arg(),
+            self.attention_partial.as_ref().map_or(0, |m| m.address).arg(),
+            self.attention_arrived.address.arg(),
+            shape.num_q_heads.arg(),
+            shape.num_kv_heads.arg(),
+            kv.block_size.arg(),
+            batch.max_blocks.arg(),
+            shape.scale.arg(),
+            batch.split_tokens.arg(),
+        ];
+        args.extend(more);
+        let function = self.kernel(name, SHARED_BYTES)?;
+        let grid = [batch.pieces, shape.num_kv_heads, batch.max_splits];
+        self.device.launch(function, grid, 128, SHARED_BYTES, &args)
     }
 
     /// `[D / 2]` f32: what a position is multiplied with to get RoPE's angles.
@@ -767,11 +834,7 @@ impl Backend for CudaBackend {
         kv: &mut CudaKvCache,
     ) -> Result<()> {
         let heads = shape.num_q_heads + 2 * shape.num_kv_heads;
-        need(
-            "qk_norm_rope_kv",
-            shape.head_dim == 64 && qkv.cols == heads * 64 && q_norm.dtype == self.dtype && k_norm.dtype == self.dtype,
-            || format!("{heads} heads of {} in {} columns", shape.head_dim, qkv.cols),
-        )?;
+        self.qkv_shape(qkv, q_norm, k_norm, shape)?;
         let args = [
             qkv.address().arg(),
             q_norm.memory.address.arg(),
@@ -804,10 +867,12 @@ impl Backend for CudaBackend {
         out: &mut CudaTensor,
     ) -> Result<()> {
         out.store();
-        let partial = self.attention_partial.as_ref().map_or(0, |m| m.address);
         let group = shape.num_q_heads / shape.num_kv_heads;
-        let args = |split_tokens: usize| {
-            [
+        need("attention", group * PIECE_TOKENS <= 128, || {
+            format!("groups of {group} query heads")
+        })?;
+        if batch.any_prefill {
+            let args = [
                 qkv.address().arg(),
                 kv.k.address.arg(),
                 kv.v.address.arg(),
@@ -817,43 +882,47 @@ impl Backend for CudaBackend {
                 batch.row_starts().arg(),
                 batch.context_lens().arg(),
                 out.address().arg(),
-                partial.arg(),
                 shape.num_q_heads.arg(),
                 shape.num_kv_heads.arg(),
                 kv.block_size.arg(),
                 batch.max_blocks.arg(),
                 shape.scale.arg(),
                 PIECE_TOKENS.arg(),
-                split_tokens.arg(),
-            ]
-        };
-        need("attention", group * PIECE_TOKENS <= 128, || {
-            format!("groups of {group} query heads")
-        })?;
-        if batch.any_prefill {
+            ];
             let function = self.kernel("attention_prefill", 0)?;
             self.device
-                .launch(function, [batch.pieces, shape.num_kv_heads, 1], 256, 0, &args(1 << 30))?;
+                .launch(function, [batch.pieces, shape.num_kv_heads, 1], 256, 0, &args)?;
         }
         if batch.any_decode {
-            let function = self.kernel("attention_decode", 0)?;
-            let grid = [batch.pieces, shape.num_kv_heads, batch.max_splits];
-            self.device.launch(function, grid, 32, 0, &args(batch.split_tokens))?;
-            let merge = [
-                partial.arg(),
-                batch.row_starts().arg(),
-                batch.context_lens().arg(),
-                batch.slots().arg(),
-                out.address().arg(),
-                shape.num_q_heads.arg(),
-                batch.max_splits.arg(),
-                batch.split_tokens.arg(),
-            ];
-            let function = self.kernel("attention_merge", 0)?;
-            self.device
-                .launch(function, [batch.rows, shape.num_q_heads.div_ceil(4), 1], 128, 0, &merge)?;
+            self.attend_decode_rows("attention_decode", qkv, shape, batch, kv, out, &[])?;
         }
         Ok(())
+    }
+
+    fn qk_norm_rope_attention(
+        &mut self,
+        qkv: &mut CudaTensor,
+        q_norm: &CudaWeight,
+        k_norm: &CudaWeight,
+        shape: &AttentionShape,
+        batch: &CudaBatch,
+        kv: &mut CudaKvCache,
+        out: &mut CudaTensor,
+    ) -> Result<()> {
+        if batch.any_prefill {
+            self.qk_norm_rope_kv(qkv, q_norm, k_norm, shape, batch, kv)?;
+            return self.attention(qkv, shape, batch, kv, out);
+        }
+        self.qkv_shape(qkv, q_norm, k_norm, shape)?;
+        out.store();
+        let more = [
+            q_norm.memory.address.arg(),
+            k_norm.memory.address.arg(),
+            kv.inverse_frequency.address.arg(),
+            batch.slot_mapping().arg(),
+            shape.norm_eps.arg(),
+        ];
+        self.attend_decode_rows("attention_step", qkv, shape, batch, kv, out, &more)
     }
 
     fn short_conv(

@@ -39,8 +39,8 @@ impl<B: Backend> Attention<B> {
         kv: &mut B::KvCache,
     ) -> Result<()> {
         backend.linear(&ws.normed, tokens, &self.qkv, None, &mut ws.qkv)?;
-        backend.qk_norm_rope_kv(&mut ws.qkv, &self.q_norm, &self.k_norm, &self.shape, batch, kv)?;
-        backend.attention(&ws.qkv, &self.shape, batch, kv, &mut ws.heads)?;
+        let (q_norm, k_norm) = (&self.q_norm, &self.k_norm);
+        backend.qk_norm_rope_attention(&mut ws.qkv, q_norm, k_norm, &self.shape, batch, kv, &mut ws.heads)?;
         backend.linear_residual(&ws.heads, tokens, &self.out, None, &mut ws.residual, &mut ws.delta)
     }
 }
