@@ -8,11 +8,11 @@
 //                    operations round; the slot's state moves on
 // *_norm: x is normed first, rms_norm(x) · norm rounded to the element type, by every block for itself (M <= 8).
 //
-// Shapes: x [M, K], w [N, K], M <= 8 · TILES. K a multiple of 256 (with a norm at most 2,048), N (F, H) of 16 (8, 16).
-// Grid: a block per SM walks a contiguous range of tiles: 16 rows, 8 of gate and the 8 of up beside them, or 16 channels of B, C and x
+// Shapes: x [M, K], w [N, K]. K a multiple of 256 (with a norm at most 2,048), N (F, H) of 16 (8, 16).
+// Grid: (blocks, ceil(M / (8 · TILES))), a block per SM in all: it takes 8 · TILES tokens and walks a contiguous range of tiles: 16 rows, 8 of gate and the 8 of up beside them, or 16 channels of B, C and x
 // in turn. f32 accumulation; a token's result depends on no other.
 // conv: taps [H, L], bias [H] or null, state [slots, L - 1, H], 2 <= L <= 4; slot < 0: a padding row, which keeps no state.
-// Cost: N · K · 2 bytes.
+// Cost: N · K · 2 bytes, the same again from L2 for each further group of tokens.
 #include "stream.cuh"
 
 enum Epilogue { STORE, ADD, SWIGLU, CONV };
@@ -55,13 +55,40 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
     extern __shared__ __align__(128) unsigned char raw[];
     auto &shared = *reinterpret_cast<SkinnyShared<TILES> *>(raw);
     constexpr int ROWS = KIND == SWIGLU ? 8 : 16, PARTS = KIND == CONV ? 3 : 1, OUTS = (TILES * 8 * ROWS + STREAM_THREADS - 1) / STREAM_THREADS;
-    const int g = threadIdx.x % WARP / 4, column = stream_column(K), steps = K / 256, used = (M + 7) / 8;
+    const int g = threadIdx.x % WARP / 4, column = stream_column(K), steps = K / 256, m0 = blockIdx.y * TILES * 8;
+    x += (size_t)m0 * K;
+    M = min(M - m0, TILES * 8);
+    const int used = (M + 7) / 8;
     int begin, end;
     stream_range(N / ROWS, begin, end);
+    out += (size_t)m0 * N;
     pdl_launch();
     Stream<T, TILES, RowWalk<T, KIND>> stream(shared, steps, RowWalk<T, KIND>{w + column, begin * PARTS, end * PARTS, N, K});
     if (NORM)
         for (int i = threadIdx.x; i < K / 8; i += STREAM_THREADS) shared.norm[i] = reinterpret_cast<const uint4 *>(norm)[i];
+    // CONV: the slots are the step's and the states the last step's: known before the wait.
+    int slot[OUTS];
+    bool reset[OUTS];
+    float old[OUTS][3];
+    const auto past = [&](int tile) {
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+            const int j = o * STREAM_THREADS + threadIdx.x;
+            const bool has = slot[o] >= 0 && !reset[o];
+            const T *state = conv.state + (size_t)max(slot[o], 0) * (conv.L - 1) * N + tile / 3 * 16 + j % ROWS;
+#pragma unroll
+            for (int k = 0; k < 3; k++) old[o][k] = k < conv.L - 1 && has ? fresh(state + (size_t)k * N) : 0.f;
+        }
+    };
+    if (KIND == CONV) {
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+            const int m = (o * STREAM_THREADS + threadIdx.x) / ROWS;
+            slot[o] = m < M ? __ldcg(conv.slots + m0 + m) : -1;
+            reset[o] = m < M && __ldcg(conv.reset + m0 + m);
+        }
+        if (begin < end) past(begin * PARTS);
+    }
     pdl_wait();
 
     uint4 v[TILES][STREAM_STEPS];
@@ -105,14 +132,7 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
     }
 
     int buffer = 0;
-    float first[OUTS], second[OUTS], old[OUTS][3];  // CONV: B, C and the last z. ADD: what is added to.
-    int slot[OUTS];
-    if (KIND == CONV)
-#pragma unroll
-        for (int o = 0; o < OUTS; o++) {
-            const int m = (o * STREAM_THREADS + threadIdx.x) / ROWS;
-            slot[o] = m < M ? (int)fresh4(conv.slots + m) : -1;
-        }
+    float first[OUTS], second[OUTS];  // CONV: B, C. ADD: what is added to.
     for (int tile = begin * PARTS; tile < end * PARTS; tile++) {
         if (KIND == ADD)
 #pragma unroll
@@ -120,15 +140,7 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
                 const int j = o * STREAM_THREADS + threadIdx.x, r = j % ROWS, m = j / ROWS;
                 first[o] = m < M ? fresh(out + (size_t)m * N + tile * ROWS + r) : 0.f;
             }
-        if (KIND == CONV && tile % 3 == 0)
-#pragma unroll
-            for (int o = 0; o < OUTS; o++) {
-                const int j = o * STREAM_THREADS + threadIdx.x;
-                const bool past = slot[o] >= 0 && !conv.reset[j / ROWS];
-                const T *state = conv.state + (size_t)max(slot[o], 0) * (conv.L - 1) * N + tile / 3 * 16 + j % ROWS;
-#pragma unroll
-                for (int k = 0; k < 3; k++) old[o][k] = k < conv.L - 1 && past ? fresh(state + (size_t)k * N) : 0.f;
-            }
+        if (KIND == CONV && tile % 3 == 0 && tile > begin * PARTS) past(tile);
         float d[TILES][2][4] = {};
         for (int s0 = 0; s0 < steps; s0 += STREAM_STEPS) {
             if (steps > STREAM_STEPS && (s0 || tile > begin * PARTS)) load(s0);

@@ -17,7 +17,8 @@ template <typename T>
 DEVICE void route(const T *x, const T *norm, float eps, T *normed, const T *gate, const float *bias, float *pair_weight, int *pair_expert, int H,
                   int E, int K, int normalise, float scaling) {
     __shared__ uint4 row[512];
-    __shared__ float sums[ROUTE_WARPS], scores[64];
+    __shared__ float sums[ROUTE_WARPS], scores[64], selection[64];
+    __shared__ int chosen[8];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, vectors = H / 8;
     const size_t token = blockIdx.x;
     pdl_launch();
@@ -74,41 +75,36 @@ DEVICE void route(const T *x, const T *norm, float eps, T *normed, const T *gate
     }
     __syncthreads();
     if (warp) return;
-    float score[2], rank[2];
+    // An expert's place is the number of those before it.
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int e = lane + h * WARP;
-        score[h] = e < E ? scores[e] : 0.f;
-        rank[h] = e < E ? score[h] + (bias ? bias[e] : 0.f) : -INFINITY;
-        if (e < E && !(rank[h] > -INFINITY)) rank[h] = -3.0e38f;  // NaN: still a valid expert
+        float v = e < E ? scores[e] + (bias ? bias[e] : 0.f) : -INFINITY;
+        if (e < E && !(v > -INFINITY)) v = -3.0e38f;  // NaN: still a valid expert
+        selection[e] = v;
     }
-    float total = 0.f, value_k = 0.f;
-    int expert_k = 0;
-    for (int k = 0; k < K; k++) {
-        const bool second = rank[1] > rank[0];
-        float best = second ? rank[1] : rank[0], value = second ? score[1] : score[0];
-        int at = lane + (second ? WARP : 0);
+    __syncwarp();
+    int place[2] = {0, 0};
+#pragma unroll 8
+    for (int other = 0; other < E; other++)
 #pragma unroll
-        for (int o = 16; o; o >>= 1) {
-            const float other = __shfl_xor_sync(FULL, best, o), other_value = __shfl_xor_sync(FULL, value, o);
-            const int other_at = __shfl_xor_sync(FULL, at, o);
-            if (other > best || (other == best && other_at < at)) {
-                best = other;
-                value = other_value;
-                at = other_at;
-            }
+        for (int h = 0; h < 2; h++) {
+            const int e = lane + h * WARP;
+            place[h] += selection[other] > selection[e] || (selection[other] == selection[e] && other < e);
         }
-        total += value;
-        if (lane == k) {
-            value_k = value;
-            expert_k = at;
-        }
-        if (at % WARP == lane) rank[at / WARP] = -INFINITY;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int e = lane + h * WARP;
+        if (e < E && place[h] < K) chosen[place[h]] = e;
     }
+    __syncwarp();
     if (lane < K) {
+        float total = 0.f;
+        for (int k = 0; k < K; k++) total += scores[chosen[k]];
+        const int e = chosen[lane];
         const size_t p = token * K + lane;
-        pair_weight[p] = (normalise ? value_k / (total + 1e-6f) : value_k) * scaling;
-        pair_expert[p] = expert_k;
+        pair_weight[p] = (normalise ? scores[e] / (total + 1e-6f) : scores[e]) * scaling;
+        pair_expert[p] = e;
     }
 }
 

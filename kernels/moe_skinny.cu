@@ -9,8 +9,13 @@
 // T · K <= 1,024. f32 accumulation; h and delta are rounded to the element type once.
 // Every block makes the experts' lists for itself from pair_expert. moe_w13 lets its successor begin only once it has itself waited
 // for the router: so moe_w2 knows the experts, and has its first weights under way, before h is there.
-// Grid: a block per SM walks a contiguous range of (active expert, tile); moe_w2_add: of tiles, all active experts for each.
-// An expert with more than TILES · 8 tokens takes several passes over a tile, whose weights then come from L2.
+// Grid: a block per SM walks a contiguous range of (active expert, tile, pass); moe_w2_add: of tiles, all active experts for each.
+// An expert with more than TILES · 8 tokens takes several passes over a tile, whose weights then come from L2; passes are shared out
+// evenly too.
+// Spills: moe_w2_add_bf16
+// Spills: moe_w2_add_f16
+// Spills: moe_w13_skinny_bf16_1
+// Spills: moe_w13_skinny_f16_1
 // Cost: distinct experts · 3 · F · H · 2 bytes.
 #include "stream.cuh"
 
@@ -20,11 +25,10 @@ template <int TILES> struct ExpertShared : StreamShared<TILES> {
     int count[64];
     unsigned char expert[MAX_PAIRS];
     int list[STREAM_WARPS][TILES * 8];  // pairs of the expert at hand, one copy a warp
-    float sum[8][16];                   // moe_w2_add
 };
 
 // Which experts have pairs, as a bit each.
-template <int TILES> DEVICE unsigned long long read_pairs(ExpertShared<TILES> &shared, const int *pair_expert, int pairs) {
+template <class Shared> DEVICE unsigned long long read_pairs(Shared &shared, const int *pair_expert, int pairs) {
     for (int p = threadIdx.x; p < pairs; p += STREAM_THREADS) {
         const int e = (int)fresh4(pair_expert + p);
         shared.expert[p] = e;
@@ -36,47 +40,65 @@ template <int TILES> DEVICE unsigned long long read_pairs(ExpertShared<TILES> &s
     return low | (unsigned long long)high << 32;
 }
 
-// Pairs [from, from + TILES · 8) of expert e, in token order, to the warp's list; returns how many.
-template <int TILES> DEVICE int list_pairs(ExpertShared<TILES> &shared, int e, int from, int pairs) {
+// As many pairs of expert e as the warp's list holds, in token order from the `from`-th on; returns how many.
+template <class Shared> DEVICE int list_pairs(Shared &shared, int e, int from, int pairs) {
     const int lane = threadIdx.x % WARP;
+    constexpr int MOST = sizeof(shared.list[0]) / sizeof(int);
     int *list = shared.list[threadIdx.x / WARP], found = -from;
     __syncwarp();
     for (int p0 = 0; p0 < pairs; p0 += WARP) {
         const bool hit = p0 + lane < pairs && shared.expert[p0 + lane] == e;
         const unsigned hits = __ballot_sync(FULL, hit);
         const int at = found + __popc(hits & ((1u << lane) - 1));
-        if (hit && at >= 0 && at < TILES * 8) list[at] = p0 + lane;
+        if (hit && at >= 0 && at < MOST) list[at] = p0 + lane;
         found += __popc(hits);
     }
     __syncwarp();
-    return min(found, TILES * 8);
+    return min(found, MOST);
 }
 
 // A position in the order (expert, tile, pass).
 struct Cursor {
     unsigned long long rest;  // the expert at hand and those after it
     int expert, tile, pass;
-    __device__ __forceinline__ void start(unsigned long long active, int skip) {
-        rest = active;
-        for (int i = 0; i < skip; i++) rest &= rest - 1;
-        expert = __ffsll((long long)rest) - 1;
-        pass = 0;
-    }
 };
 
 template <typename T, int TILES, bool GATED> struct ExpertWalk {
     const T *w;  // at the lane's column
     const int *count;
     Cursor at;
-    int tiles, left, rows, K;  // left: tiles of the block
+    int tiles, left, rows, K;  // left: items of the block
+
+    __device__ __forceinline__ int passes(int e) const { return (count[e] + TILES * 8 - 1) / (TILES * 8); }
+
+    // The block's share of all (expert, tile, pass).
+    __device__ __forceinline__ void start(unsigned long long active) {
+        int all = 0, first, last;
+        for (unsigned long long rest = active; rest; rest &= rest - 1) all += passes(__ffsll((long long)rest) - 1);
+        stream_range(all * tiles, first, last);
+        left = last - first;
+        at.rest = active;
+        at.expert = at.tile = at.pass = 0;
+        while (at.rest) {
+            at.expert = __ffsll((long long)at.rest) - 1;
+            const int n = passes(at.expert);
+            if (first < n * tiles) {
+                at.tile = first / n;
+                at.pass = first % n;
+                break;
+            }
+            first -= n * tiles;
+            at.rest &= at.rest - 1;
+        }
+    }
     __device__ __forceinline__ void advance() {
+        left--;
         if (++at.pass * TILES * 8 < count[at.expert]) return;
         at.pass = 0;
-        left--;
         if (++at.tile < tiles) return;
         at.tile = 0;
         at.rest &= at.rest - 1;
-        at.expert = __ffsll((long long)at.rest) - 1;
+        at.expert = max(__ffsll((long long)at.rest) - 1, 0);
     }
     __device__ __forceinline__ bool next(const T *&p0, const T *&p1) {
         if (left <= 0) return false;
@@ -101,38 +123,37 @@ DEVICE void experts(const T *x, const T *w, const int *pair_expert, const float 
         pdl_wait();
         pdl_launch();
     }
-    const unsigned long long active = read_pairs<TILES>(shared, pair_expert, pairs);
-    const int tiles = rows / ROWS;
-    int first, last;
-    stream_range(__popcll((long long)active) * tiles, first, last);
-    ExpertWalk<T, TILES, GATED> walk{w + column, shared.count, {}, tiles, last - first, rows, K};
-    walk.at.start(active, first / tiles);
-    walk.at.tile = first % tiles;
-    ExpertWalk<T, TILES, GATED> here = walk;
-    Stream<T, TILES, ExpertWalk<T, TILES, GATED>> stream(shared, steps, walk);
+    const unsigned long long active = read_pairs(shared, pair_expert, pairs);
+    ExpertWalk<T, TILES, GATED> here{w + column, shared.count, {}, rows / ROWS, 0, rows, K};
+    here.start(active);
+    uint4 v[TILES][STREAM_STEPS];
+    int buffer = 0, loaded = -1, loaded_pass = 0, count = 0;
+    const int *list = shared.list[threadIdx.x / WARP];
+    const auto load = [&] {
+        if (here.left <= 0 || (here.at.expert == loaded && here.at.pass == loaded_pass)) return;
+        loaded = here.at.expert;
+        loaded_pass = here.at.pass;
+        count = list_pairs(shared, loaded, loaded_pass * TILES * 8, pairs);
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            const int pair = i * 8 + g < count ? list[i * 8 + g] : -1;
+            const T *from = x + (size_t)(GATED ? pair / per_token : pair) * K + column;
+#pragma unroll
+            for (int s = 0; s < STREAM_STEPS; s++) {
+                v[i][s] = make_uint4(0, 0, 0, 0);
+                if (pair >= 0 && s < steps) v[i][s] = fresh16(from + s * 32);
+            }
+        }
+    };
+    // What the previous kernel leaves is read before the queue fills, or it would wait behind it.
+    if (GATED) load();
+    Stream<T, TILES, ExpertWalk<T, TILES, GATED>> stream(shared, steps, here);
     if (!GATED) {
         pdl_launch();
         pdl_wait();
     }
-    uint4 v[TILES][STREAM_STEPS];
-    int buffer = 0, loaded = -1, loaded_pass = 0, count = 0;
-    const int *list = shared.list[threadIdx.x / WARP];
     while (here.left > 0) {
-        if (here.at.expert != loaded || here.at.pass != loaded_pass) {
-            loaded = here.at.expert;
-            loaded_pass = here.at.pass;
-            count = list_pairs<TILES>(shared, loaded, loaded_pass * TILES * 8, pairs);
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                const int pair = i * 8 + g < count ? list[i * 8 + g] : -1;
-                const T *from = x + (size_t)(GATED ? pair / per_token : pair) * K + column;
-#pragma unroll
-                for (int s = 0; s < STREAM_STEPS; s++) {
-                    v[i][s] = make_uint4(0, 0, 0, 0);
-                    if (pair >= 0 && s < steps) v[i][s] = fresh16(from + s * 32);
-                }
-            }
-        }
+        load();
         float d[TILES][2][4] = {};
         stream.multiply(v, steps, (count + 7) / 8, d);
         stream_partial<TILES>(shared, buffer, d);
@@ -152,21 +173,38 @@ DEVICE void experts(const T *x, const T *w, const int *pair_expert, const float 
     cp_async_wait<0>();
 }
 
-// Tiles of 16 rows, all active experts for each.
+#define ADD_DEPTH 8
+
+// Units of moe_w2_add carry the lane's 16 bytes of a token beside the weights: their expert changes too often for a load to be waited
+// for, which stands behind what is under way.
+struct AddShared {
+    uint4 queue[ADD_DEPTH][3][STREAM_THREADS];
+    float partial[2][STREAM_WARPS][1][16][9];
+    int count[64];
+    unsigned char expert[MAX_PAIRS];
+    int list[STREAM_WARPS][8];
+    float sum[8][16];
+};
+
+// The order of moe_w2_add's units: tiles of 16 rows, all active experts for each, the steps of K.
 template <typename T> struct SumWalk {
-    const T *w;
+    const T *w;  // at the lane's column
     unsigned long long active, rest;
-    int tile, end, rows, K;
-    __device__ __forceinline__ bool next(const T *&p0, const T *&p1) {
+    int tile, end, step, steps, rows, K;
+    __device__ __forceinline__ bool done() const { return tile >= end; }
+    __device__ __forceinline__ int expert() const { return __ffsll((long long)rest) - 1; }
+    __device__ __forceinline__ const T *weights() const {
+        return w + ((size_t)expert() * rows + tile * 16 + threadIdx.x % WARP / 4) * K + step * 32;
+    }
+    // Whether another expert begins.
+    __device__ __forceinline__ bool advance() {
+        if (++step < steps) return false;
+        step = 0;
+        rest &= rest - 1;
         if (!rest) {
             rest = active;
             tile++;
         }
-        if (tile >= end) return false;
-        const int expert = __ffsll((long long)rest) - 1;
-        rest &= rest - 1;
-        p0 = w + ((size_t)expert * rows + tile * 16 + threadIdx.x % WARP / 4) * K;
-        p1 = p0 + (size_t)8 * K;
         return true;
     }
 };
@@ -174,44 +212,72 @@ template <typename T> struct SumWalk {
 template <typename T>
 DEVICE void experts_add(const T *x, const T *w, const int *pair_expert, const float *pair_weight, T *residual, int tokens, int rows, int K, int per_token) {
     extern __shared__ __align__(128) unsigned char raw[];
-    auto &shared = *reinterpret_cast<ExpertShared<1> *>(raw);
+    auto &shared = *reinterpret_cast<AddShared *>(raw);
     const int g = threadIdx.x % WARP / 4, column = stream_column(K), steps = K / 256, pairs = tokens * per_token;
+    const int m = threadIdx.x / 16, r = threadIdx.x % 16;  // thread (m, r) adds up the m-th pair of an expert
     if (threadIdx.x < 64) shared.count[threadIdx.x] = 0;
-    if (threadIdx.x < 128) shared.sum[threadIdx.x / 16][threadIdx.x % 16] = 0.f;
+    if (threadIdx.x < 128) shared.sum[m][r] = 0.f;
     __syncthreads();
-    const unsigned long long active = read_pairs<1>(shared, pair_expert, pairs);
+    const unsigned long long active = read_pairs(shared, pair_expert, pairs);
     int begin, end;
     stream_range(rows / 16, begin, end);
-    Stream<T, 1, SumWalk<T>> stream(shared, steps, SumWalk<T>{w + column, active, active, begin, end, rows, K});
+    const uint64_t policy = evict_first();
+    const uint32_t slots = smem_address(&shared.queue[0][0][threadIdx.x]);
+    constexpr uint32_t PLACE = STREAM_THREADS * 16, UNIT = 3 * PLACE;
+    const int *list = shared.list[threadIdx.x / WARP];
+    // The pair whose token the lane brings for an expert, or -1.
+    const auto pair_of = [&](int expert, int index) {
+        const int count = list_pairs(shared, expert, 0, pairs);
+        return index < count ? list[index] : -1;
+    };
+    const auto bring_weights = [&](const SumWalk<T> &at, int slot) {
+        const T *p = at.weights();
+        copy_weights(slots + slot * UNIT, p, policy);
+        copy_weights(slots + slot * UNIT + PLACE, p + (size_t)8 * K, policy);
+    };
+    const auto bring_token = [&](const SumWalk<T> &at, int slot, int pair) {
+        const T *p = x + (size_t)max(pair, 0) * K + column + at.step * 32;
+        cp_async16(slots + slot * UNIT + 2 * PLACE, p, pair >= 0);
+    };
+    const SumWalk<T> first{w + column, active, active, begin, end, 0, steps, rows, K};
+    SumWalk<T> ahead = first;
+    for (int i = 0; i < ADD_DEPTH; i++) {
+        if (!ahead.done()) {
+            bring_weights(ahead, i);
+            ahead.advance();
+        }
+        cp_async_commit();
+    }
     pdl_launch();
     pdl_wait();
-    // The next expert's tokens are on their way while one's weights are multiplied.
-    uint4 v[1][STREAM_STEPS], ahead[STREAM_STEPS];
-    int mine = -1, mine_ahead = -1;  // thread (m, r) adds up pair m of an expert
-    const int m = threadIdx.x / 16, r = threadIdx.x % 16;
-    const int *list = shared.list[threadIdx.x / WARP];
-    const auto prefetch = [&](int expert) {
-        const int count = list_pairs<1>(shared, expert, 0, pairs);
-        const int pair = g < count ? list[g] : -1;
-        mine_ahead = m < count ? list[m] : -1;
-#pragma unroll
-        for (int s = 0; s < STREAM_STEPS; s++) {
-            ahead[s] = make_uint4(0, 0, 0, 0);
-            if (pair >= 0 && s < steps) ahead[s] = fresh16(x + (size_t)pair * K + column + s * 32);
+    int pair = pair_of(first.expert(), g);
+    ahead = first;
+    for (int i = 0; i < ADD_DEPTH; i++) {
+        if (!ahead.done()) {
+            bring_token(ahead, i, pair);
+            if (ahead.advance()) pair = pair_of(ahead.expert(), g);
         }
-    };
-    int buffer = 0;
-    if (begin < end) prefetch(__ffsll((long long)active) - 1);
+        cp_async_commit();
+    }
+    int buffer = 0, slot = 0;
     for (int tile = begin; tile < end; tile++) {
-        for (unsigned long long rest = active; rest;) {
-            mine = mine_ahead;
-#pragma unroll
-            for (int s = 0; s < STREAM_STEPS; s++) v[0][s] = ahead[s];
-            rest &= rest - 1;
-            if (rest || tile + 1 < end) prefetch(__ffsll((long long)(rest ? rest : active)) - 1);
+        for (unsigned long long rest = active; rest; rest &= rest - 1) {
+            const int mine = pair_of(__ffsll((long long)rest) - 1, m);
             const float weight = mine >= 0 ? __ldcg(pair_weight + mine) : 0.f;
             float d[1][2][4] = {};
-            stream.multiply(v, steps, 1, d);
+            for (int s = 0; s < steps; s++) {
+                cp_async_wait<ADD_DEPTH - 1>();
+                const uint4 a = shared.queue[slot][0][threadIdx.x], b = shared.queue[slot][1][threadIdx.x], v = shared.queue[slot][2][threadIdx.x];
+                mma16816<T>(d[0][0], a.x, b.x, a.y, b.y, v.x, v.y);
+                mma16816<T>(d[0][1], a.z, b.z, a.w, b.w, v.z, v.w);
+                if (!ahead.done()) {
+                    bring_weights(ahead, slot);
+                    bring_token(ahead, slot, pair);
+                    if (ahead.advance()) pair = pair_of(ahead.expert(), g);
+                }
+                cp_async_commit();
+                slot = (slot + 1) % ADD_DEPTH;
+            }
             stream_partial<1>(shared, buffer, d);
             __syncthreads();
             if (mine >= 0) shared.sum[mine / per_token][r] += weight * stream_sum<1>(shared, buffer, r, m);

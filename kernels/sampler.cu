@@ -14,6 +14,7 @@
 // bad words: per slot up to WORDS (offset, length) pairs and WORD_TOKENS ids; history [slots, WORD_TOKENS] holds output token i at
 // i % WORD_TOKENS. A word of n ids is completed when the last n - 1 outputs are its first n - 1.
 // Grid: one block of 1,024 threads per request. Cost: 1 pass over the row for greedy, 2 with top-k, up to 10 for the rest, from L2.
+// Spills: sample
 #include "common.cuh"
 
 #define SAMPLER_THREADS 1024
@@ -100,26 +101,30 @@ DEVICE unsigned long long block_total(unsigned long long v, unsigned long long *
     return v;
 }
 
-// f(v, row[v]) for every v: 16 bytes a thread and turn, four loads in flight, past L1.
-template <class F> DEVICE void each(const float *row, int V, const F &f) {
+// f(v, row[v], seen[v]) for every v, 0 for `seen` if there is none: 16 bytes a thread and turn, four loads in flight, past L1.
+template <class F> DEVICE void each(const float *row, const uint16_t *seen, int V, const F &f) {
     if (V % 4) {
-        for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) f(v, __ldcg(row + v));
+        for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) f(v, __ldcg(row + v), seen ? seen[v] : 0u);
         return;
     }
-    const float4 *vectors = reinterpret_cast<const float4 *>(row);
     for (int i = threadIdx.x; i < V / 4; i += 4 * SAMPLER_THREADS) {
         float4 x[4];
+        uint2 n[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-            if (i + j * SAMPLER_THREADS < V / 4) x[j] = __ldcg(vectors + i + j * SAMPLER_THREADS);
+        for (int j = 0; j < 4; j++) {
+            n[j] = make_uint2(0, 0);
+            if (i + j * SAMPLER_THREADS >= V / 4) continue;
+            x[j] = __ldcg(reinterpret_cast<const float4 *>(row) + i + j * SAMPLER_THREADS);
+            if (seen) n[j] = reinterpret_cast<const uint2 *>(seen)[i + j * SAMPLER_THREADS];
+        }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int v = (i + j * SAMPLER_THREADS) * 4;
             if (v >= V) break;
-            f(v, x[j].x);
-            f(v + 1, x[j].y);
-            f(v + 2, x[j].z);
-            f(v + 3, x[j].w);
+            f(v, x[j].x, n[j].x & 0xffff);
+            f(v + 1, x[j].y, n[j].x >> 16);
+            f(v + 2, x[j].z, n[j].y & 0xffff);
+            f(v + 3, x[j].w, n[j].y >> 16);
         }
     }
 }
@@ -144,15 +149,27 @@ DEVICE uint32_t threshold(int V, unsigned long long target, const Value &value, 
             }
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            unsigned long long sum = before;
-            int bin = 255;
-            for (; bin > 0; bin--) {
-                if (sum + bins[bin] >= target) break;
-                sum += bins[bin];
+        if (threadIdx.x < WARP) {
+            // Lane l looks at the eight bins from 255 - 8 l down; the first lane that reaches the target finds the bin.
+            const int lane = threadIdx.x, top = 255 - 8 * lane;
+            unsigned long long own = 0;
+            for (int i = 0; i < 8; i++) own += bins[top - i];
+            unsigned long long until = own;
+            for (int o = 1; o < WARP; o <<= 1) {
+                const unsigned long long other = __shfl_up_sync(FULL, until, o);
+                if (lane >= o) until += other;
             }
-            chosen = bin;
-            above = sum;
+            const unsigned reached = __ballot_sync(FULL, before + until >= target);
+            if (lane == (reached ? __ffs(reached) - 1 : WARP - 1)) {
+                unsigned long long sum = before + until - own;
+                int bin = top;
+                for (; bin > top - 7; bin--) {
+                    if (sum + bins[bin] >= target) break;
+                    sum += bins[bin];
+                }
+                chosen = bin;
+                above = sum;
+            }
         }
         __syncthreads();
         prefix |= chosen << shift;
@@ -237,19 +254,19 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     __syncthreads();
     __threadfence_block();
 
-    const auto adjust = [&](int v, float l) {
+    const auto adjust = [&](int v, float l, uint32_t n) {
         if (!(l == l)) l = -INFINITY;
         if (mask && !(mask[v / 32] >> (v % 32) & 1)) return -INFINITY;
         if (p.penalties) {
-            const uint32_t n = seen[v];
             if (n) l = l > 0.f ? l / p.repetition : l * p.repetition;
             if (n & 0x7fff) l -= p.frequency * (n & 0x7fff) + p.presence;
         }
         return l;
     };
-    const auto adjusted = [&](int v) { return adjust(v, __ldcg(row + v)); };
+    const auto adjusted = [&](int v) { return adjust(v, __ldcg(row + v), p.penalties ? seen[v] : 0u); };
+    const uint16_t *times = p.penalties ? seen : nullptr;
     Best best{-INFINITY, V};
-    each(row, V, [&](int v, float l) { best = better(best, Best{adjust(v, l), v}); });
+    each(row, times, V, [&](int v, float l, uint32_t n) { best = better(best, Best{adjust(v, l, n), v}); });
     const float own_high = best.value;
     best = block_best(best, scratch);
     const float high = best.value;
@@ -269,8 +286,8 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
             const uint32_t bound = max(
                 1u, threshold(SAMPLER_THREADS, p.top_k, [&](int i) { return maxima[i]; },
                               [&](float l) { return (unsigned long long)(l > -INFINITY); }, bins));
-            each(row, V, [&](int v, float l) {
-                l = adjust(v, l);
+            each(row, times, V, [&](int v, float l, uint32_t n) {
+                l = adjust(v, l, n);
                 if (l > -INFINITY && key_of(l) >= bound) {
                     const int at = atomicAdd(&gathered, 1);
                     if (at < CANDIDATES) candidates[at] = Best{l, v};

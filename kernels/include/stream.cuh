@@ -36,8 +36,14 @@ template <typename T> DEVICE float fresh(const T *p) {
     return to_f32<T>(*reinterpret_cast<T *>(&v));
 }
 
-DEVICE void copy_weights(uint32_t dst, const void *src) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+// Weights pass once: the first to leave L2, so that code, activations and small tables stay there.
+DEVICE uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+DEVICE void copy_weights(uint32_t dst, const void *src, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "l"(policy) : "memory");
 }
 
 template <int TILES> struct StreamShared {
@@ -52,6 +58,7 @@ DEVICE int stream_column(int K) { return threadIdx.x / WARP * (K / STREAM_WARPS)
 template <typename T, int TILES, class Walk> struct Stream {
     static constexpr int DEPTH = stream_depth(TILES);
     const uint4 *slots;  // the lane's places
+    const uint64_t policy = evict_first();
     int in = 0, out = 0, step = 0, steps;
     bool more;
     const T *p0, *p1;
@@ -68,8 +75,8 @@ template <typename T, int TILES, class Walk> struct Stream {
     __device__ __forceinline__ void push() {
         if (more) {
             const uint32_t to = smem_address(slots) + in * (2 * STREAM_THREADS * 16);
-            copy_weights(to, p0 + step * 32);
-            copy_weights(to + STREAM_THREADS * 16, p1 + step * 32);
+            copy_weights(to, p0 + step * 32, policy);
+            copy_weights(to + STREAM_THREADS * 16, p1 + step * 32, policy);
             if (++step == steps) {
                 step = 0;
                 more = walk.next(p0, p1);
@@ -98,7 +105,7 @@ template <typename T, int TILES, class Walk> struct Stream {
     }
 };
 
-template <int TILES> DEVICE void stream_partial(StreamShared<TILES> &shared, int buffer, const float (&d)[TILES][2][4]) {
+template <int TILES, class Shared> DEVICE void stream_partial(Shared &shared, int buffer, const float (&d)[TILES][2][4]) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < TILES; i++)
@@ -106,7 +113,7 @@ template <int TILES> DEVICE void stream_partial(StreamShared<TILES> &shared, int
         for (int j = 0; j < 4; j++) shared.partial[buffer][warp][i][g + j / 2 * 8][2 * t + j % 2] = d[i][0][j] + d[i][1][j];
 }
 
-template <int TILES> DEVICE float stream_sum(const StreamShared<TILES> &shared, int buffer, int row, int token) {
+template <int TILES, class Shared> DEVICE float stream_sum(const Shared &shared, int buffer, int row, int token) {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < STREAM_WARPS; i++) sum += shared.partial[buffer][i][token / 8][row][token % 8];

@@ -51,8 +51,8 @@ enum Product {
 
 /// Rows of weights in a tile of include/stream.cuh.
 const STREAM_ROWS: usize = 16;
-/// Most tokens that its kernels hold in registers.
-const STREAM_TOKENS: usize = 32;
+/// Most tokens that linear_skinny.cu takes, in groups of what its blocks hold in registers.
+const STREAM_TOKENS: usize = 64;
 /// Widest row that its kernels norm for themselves, and the most tokens.
 const NORM_WIDTH: usize = 2048;
 const NORM_TOKENS: usize = 8;
@@ -74,7 +74,7 @@ const fn skinny_shared_bytes(tiles: usize) -> usize {
     stream_shared_bytes(tiles) + NORM_WIDTH * 2 + 8 * 8 * 4
 }
 
-/// Tiles of 8 tokens in the smallest kernel for `tokens`.
+/// Tiles of 8 tokens in a block of the smallest kernel for `tokens`.
 pub(super) fn few_tiles(tokens: usize) -> Option<usize> {
     match tokens {
         0..=8 => Some(1),
@@ -163,8 +163,9 @@ impl CudaBackend {
             w.cols.arg(),
         ];
         args.extend(more);
-        let blocks = blocks.min(self.device.multiprocessors);
-        self.device.launch(function, [blocks, 1, 1], 256, bytes, &args)
+        let groups = rows.div_ceil(tiles * 8);
+        let blocks = blocks.min(self.device.multiprocessors / groups);
+        self.device.launch(function, [blocks, groups, 1], 256, bytes, &args)
     }
 
     /// `linear_residual`.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::driver::{Arg, Device, Memory};
-use super::linear::{few_tiles, stream_shared_bytes, streams};
+use super::linear::{stream_shared_bytes, streams};
 use super::{CudaBackend, CudaTensor, CudaWeight, Value, need};
 use crate::backend::{DType, Result, RouteShape};
 
@@ -71,8 +71,11 @@ impl CudaRouting {
 
 /// Shared memory of moe_skinny.cu's `ExpertShared<tiles>`.
 const fn expert_shared_bytes(tiles: usize) -> usize {
-    stream_shared_bytes(tiles) + 64 * 4 + SKINNY_PAIRS + 8 * tiles * 8 * 4 + 8 * 16 * 4
+    stream_shared_bytes(tiles) + 64 * 4 + SKINNY_PAIRS + 8 * tiles * 8 * 4
 }
+
+/// `AddShared`.
+const ADD_SHARED_BYTES: usize = 8 * 3 * 256 * 16 + 2 * 8 * 16 * 9 * 4 + 64 * 4 + SKINNY_PAIRS + 8 * 8 * 4 + 8 * 16 * 4;
 
 /// A tile of moe_experts.cu's `*_gemm`.
 struct Tile {
@@ -323,7 +326,11 @@ impl CudaBackend {
         };
         // An expert rarely has more than twice its share of tokens; one that has takes another pass.
         let share = rows * k / r.shape.num_experts;
-        let tiles = few_tiles(rows.min(share * 2)).unwrap_or(4);
+        let tiles = match rows {
+            0..=8 => 1,
+            _ if share <= 8 => 2,
+            _ => 4,
+        };
         let bytes = expert_shared_bytes(tiles);
         let groups = (rows * k).min(r.shape.num_experts);
         let launch = |name: &str, rows: usize, bytes: usize, args: &[u64]| {
@@ -343,7 +350,7 @@ impl CudaBackend {
             return launch(
                 &format!("moe_w2_add_{}", self.suffix),
                 h / 16,
-                expert_shared_bytes(1),
+                ADD_SHARED_BYTES,
                 &args(r.h.address.arg(), w2, residual.address().arg(), h, f),
             );
         }
