@@ -186,6 +186,10 @@ impl Device {
                     sys::cuModuleEnumerateFunctions(handles.as_mut_ptr(), count, module),
                 )?;
                 for handle in handles {
+                    // The same split of L1 and shared memory for all: an SM that must change it drains first, and no kernel
+                    // could begin there before its predecessor has ended.
+                    let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+                    check(name, sys::cuFuncSetAttribute(handle, attribute, 100))?;
                     let mut text = ptr::null();
                     check(name, sys::cuFuncGetName(&mut text, handle))?;
                     let text = std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned();
