@@ -41,6 +41,7 @@ pub mod model;
 
 pub mod backend;
 pub mod client;
+pub mod grammar;
 pub mod hub;
 pub mod metrics;
 pub mod otlp;

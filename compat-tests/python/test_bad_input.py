@@ -114,7 +114,7 @@ def test_sampling_many_greedy_choices(demo):
 
 
 NOT_YET = [
-    ("response_format", {"type": "json_object"}), ("structured_outputs", {"regex": "a+"}), ("use_beam_search", True),
+    ("use_beam_search", True),
 ]
 
 

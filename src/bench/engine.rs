@@ -133,6 +133,7 @@ impl Bench {
                 priority: 0,
                 cache_salt: None,
                 read_prefix_cache: true,
+                constraint: None,
                 arrival: Instant::now(),
                 group: ChoiceGroup::new(1),
             })

@@ -35,7 +35,7 @@ impl ChatEngine {
             source.unwrap_or_default(),
             &|token| tokenizer.token_to_id(token),
         )?;
-        Ok(Self::new(text, template, parsers))
+        Ok(Self::new(text, template, parsers, &config.structured_outputs))
     }
 }
 

@@ -8,7 +8,9 @@ use tokio::sync::Semaphore;
 
 use super::messages::for_template;
 use super::template::{ChatTemplate, TemplateError, TemplateInput};
-use super::{ChatEvent, ChatRequest, ChoiceParsers, ToolChoice, events};
+use super::{ChatEvent, ChatRequest, ChoiceParsers, ToolChoice, constrain, events};
+use crate::config::StructuredOutputsConfig;
+use crate::grammar::{Constraint, GrammarOptions, Start};
 use crate::parsers::reasoning::Prompt;
 use crate::parsers::{Parsers, Turn};
 use crate::step::TokenId;
@@ -96,18 +98,33 @@ struct Shared {
     text: TextEngine,
     template: Option<ChatTemplate>,
     parsers: Parsers,
+    /// How forced calls are written.
+    grammar_options: GrammarOptions,
+    /// Grammars begin with the first token, in reasoning too.
+    constrain_reasoning: bool,
     renderings: Arc<Semaphore>,
 }
 
 impl ChatEngine {
     /// Without a template only requests that bring one can be answered.
-    pub fn new(text: TextEngine, template: Option<ChatTemplate>, parsers: Parsers) -> Self {
+    pub fn new(
+        text: TextEngine,
+        template: Option<ChatTemplate>,
+        parsers: Parsers,
+        structured_outputs: &StructuredOutputsConfig,
+    ) -> Self {
         let renderings = Arc::new(Semaphore::new(CONCURRENT_RENDERINGS));
         Self {
             shared: Arc::new(Shared {
                 text,
                 template,
                 parsers,
+                grammar_options: GrammarOptions {
+                    disable_any_whitespace: structured_outputs.disable_any_whitespace,
+                    disable_additional_properties: structured_outputs.disable_additional_properties,
+                    whitespace_pattern: None,
+                },
+                constrain_reasoning: structured_outputs.enable_in_reasoning,
                 renderings,
             }),
         }
@@ -174,7 +191,21 @@ impl ChatEngine {
     /// # Errors
     /// As [`render`](Self::render) and [`TextEngine::generate`]; nothing runs then.
     pub async fn chat(&self, mut request: ChatRequest) -> Result<Chat, ChatError> {
-        let parse_tools = !request.tools.is_empty() && request.tool_choice == ToolChoice::Auto;
+        let tool_choice = request.tool_choice.clone();
+        let forced = tool_choice.forced();
+        let parse_tools = !request.tools.is_empty() && tool_choice == ToolChoice::Auto;
+        let spec = match forced {
+            Some(forced) => {
+                let options = self.shared.grammar_options.clone();
+                let parallel = request.parallel_tool_calls;
+                Some(constrain::calls_grammar(forced, &request.tools, parallel, options))
+            }
+            None => request.grammar.take(),
+        };
+        let grammar = match spec {
+            Some(spec) => Some(self.shared.text.compile_grammar(spec).await?),
+            None => None,
+        };
         let enable_thinking = request.template_kwargs.get("enable_thinking") != Some(&Value::Bool(false));
         let mut prompt = self.render(request.take_render_request()).await?;
         let mut generate = request.generate;
@@ -185,25 +216,35 @@ impl ChatEngine {
             }
         }
         let parsers = self.shared.parsers;
-        if parsers.needs_special_tokens(parse_tools) {
+        if parsers.needs_special_tokens(parse_tools || forced.is_some()) {
             generate.skip_special_tokens = false;
         }
         generate.prompt = prompt.token_ids.clone();
+        let tokenizer = self.shared.text.tokenizer();
+        let turn_prompt = Prompt {
+            text: &prompt.text,
+            token_ids: &prompt.token_ids,
+            enable_thinking,
+        };
+        generate.extensions.constraint = grammar.map(|grammar| Constraint {
+            grammar,
+            start: match self.shared.constrain_reasoning {
+                true => Start::Now,
+                false => constrain::start(parsers, &turn_prompt, tokenizer),
+            },
+        });
         let n = generate.n;
         let deltas = self.shared.text.generate(generate)?;
         let turn = Turn {
-            prompt: Prompt {
-                text: &prompt.text,
-                token_ids: &prompt.token_ids,
-                enable_thinking,
-            },
+            prompt: turn_prompt,
             parse_tools,
+            forced,
             parallel_tool_calls: request.parallel_tool_calls,
         };
-        let tokenizer = self.shared.text.tokenizer();
         let choices = ChoiceParsers::new(n, request.include_reasoning, || {
             parsers.assistant(&turn, &|token| tokenizer.token_to_id(token))
-        });
+        })
+        .forcing(forced);
         let events = events(deltas, choices).boxed();
         Ok(Chat { prompt, events })
     }
@@ -242,6 +283,7 @@ mod tests {
             TextEngine::new(engine(executor), tokenizer, limits),
             Some(template),
             parsers,
+            &StructuredOutputsConfig::default(),
         )
     }
 
@@ -251,6 +293,7 @@ mod tests {
             tools: vec![],
             tool_choice: ToolChoice::Auto,
             parallel_tool_calls: true,
+            grammar: None,
             add_generation_prompt: true,
             continue_final_message: false,
             add_special_tokens: false,

@@ -32,6 +32,10 @@ pub enum Parsing {
     Reasoning,
     /// Tool calls: blank content is null.
     Tools,
+    /// Calls that a grammar makes sure of: beside them content is empty, not null.
+    RequiredCalls,
+    /// The call of one function; it does not show in the finish reason.
+    NamedCall,
 }
 
 /// The pieces of one event merged, as one chunk of a stream sends them. Absent and empty are told apart.
@@ -252,12 +256,16 @@ impl Collector {
             Parsing::Plain => false,
             Parsing::Reasoning => content.is_empty(),
             Parsing::Tools => strip(&content).is_empty(),
+            Parsing::RequiredCalls | Parsing::NamedCall => content.is_empty() && self.calls.is_empty(),
         };
         Some(ChatChoice {
             index: self.delta.index,
             content: (!is_null).then_some(content),
             reasoning: Some(self.reasoning).filter(|text| !text.is_empty()),
-            finish: ChatFinish::new(&self.finish?, !self.calls.is_empty()),
+            finish: ChatFinish::new(
+                &self.finish?,
+                !self.calls.is_empty() && self.parsing != Parsing::NamedCall,
+            ),
             tool_calls: self.calls,
             token_ids: self.delta.token_ids,
             logprobs: self.delta.logprobs,

@@ -1,6 +1,7 @@
 //! Messages become a prompt; text deltas become assistant events.
 
 mod build;
+mod constrain;
 mod engine;
 mod event;
 mod jinja_source;
@@ -16,6 +17,7 @@ pub use engine::{Chat, ChatEngine, ChatError, ChatStream, RenderRequest, Rendere
 pub use event::{ChatChoice, ChatDelta, ChatEvent, ChatFinish, FinishReason, Parsing, StopReason, ToolCallDelta};
 pub use stream::{ChoiceParsers, collect, events};
 
+use crate::grammar::GrammarSpec;
 use crate::text::{GenerateRequest, Truncation};
 
 /// A conversation, protocol-free. Built by the server's `convert.rs` of each chat-like endpoint.
@@ -27,6 +29,8 @@ pub struct ChatRequest {
     pub tools: Vec<Value>,
     pub tool_choice: ToolChoice,
     pub parallel_tool_calls: bool,
+    /// What the answer must look like; a forced call beats it.
+    pub grammar: Option<GrammarSpec>,
     pub add_generation_prompt: bool,
     pub continue_final_message: bool,
     /// Beside those that the template writes; templates write BOS themselves.
@@ -49,4 +53,8 @@ pub enum ToolChoice {
     /// Tools are rendered, text is not parsed for calls.
     None,
     Auto,
+    /// One call or more, of any functions, enforced.
+    Required,
+    /// One call of this function, enforced. It is among the tools.
+    Named(String),
 }

@@ -7,13 +7,15 @@ use futures_util::{Stream, StreamExt};
 use super::event::Collector;
 use super::{ChatChoice, ChatEvent, ChatFinish, Parsing};
 use crate::engine::EngineError;
-use crate::parsers::{AssistantDelta, AssistantParser, ToolBlock};
+use crate::parsers::{AssistantDelta, AssistantParser, ForcedCalls, ToolBlock};
 use crate::text::{TextDelta, TextError, TextFinish};
 
 /// The parsers of one request, a fresh one for each of its choices.
 pub struct ChoiceParsers {
     choices: Vec<Choice>,
     include_reasoning: bool,
+    /// In place of what the parsers themselves tell.
+    forced: Option<Parsing>,
 }
 
 struct Choice {
@@ -34,7 +36,17 @@ impl ChoiceParsers {
         ChoiceParsers {
             choices,
             include_reasoning,
+            forced: None,
         }
+    }
+
+    /// For output that a grammar makes calls.
+    pub fn forcing(mut self, calls: Option<ForcedCalls<'_>>) -> Self {
+        self.forced = calls.map(|calls| match calls {
+            ForcedCalls::Any => Parsing::RequiredCalls,
+            ForcedCalls::Named(_) => Parsing::NamedCall,
+        });
+        self
     }
 
     /// The event of the next delta of its choice.
@@ -62,10 +74,11 @@ impl ChoiceParsers {
                 AssistantDelta::ToolCallStart { .. } | AssistantDelta::ToolBlock(ToolBlock::Calls(_))
             )
         });
-        let parsing = match (choice.parser.parses_tools(), choice.parser.is_active()) {
-            (true, _) => Parsing::Tools,
-            (false, true) => Parsing::Reasoning,
-            (false, false) => Parsing::Plain,
+        let parsing = match (self.forced, choice.parser.parses_tools(), choice.parser.is_active()) {
+            (Some(forced), ..) => forced,
+            (None, true, _) => Parsing::Tools,
+            (None, false, true) => Parsing::Reasoning,
+            (None, false, false) => Parsing::Plain,
         };
         ChatEvent {
             index: delta.index,
@@ -74,7 +87,7 @@ impl ChoiceParsers {
             finish: delta
                 .finish
                 .as_ref()
-                .map(|finish| ChatFinish::new(finish, choice.has_calls)),
+                .map(|finish| ChatFinish::new(finish, choice.has_calls && parsing != Parsing::NamedCall)),
             parsing,
             delta,
         }

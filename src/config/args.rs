@@ -206,6 +206,7 @@ pub struct LoadArgs {
 #[derive(Clone, Debug, Deserialize)]
 pub struct StructuredOutputsArgs {
     pub reasoning_parser: String,
+    pub structured_outputs_config: Option<Map<String, Value>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

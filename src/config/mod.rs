@@ -199,6 +199,16 @@ pub struct ChatConfig {
     pub response_role: String,
     /// What Anthropic's `thinking: disabled` asks of the template; none = what the template can do.
     pub anthropic_disabled_thinking_effort: Option<String>,
+    pub structured_outputs: StructuredOutputsConfig,
+}
+
+/// `--structured-outputs-config`: defaults of what requests may ask, and where grammars begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StructuredOutputsConfig {
+    pub disable_any_whitespace: bool,
+    pub disable_additional_properties: bool,
+    /// Reasoning is under the grammar too.
+    pub enable_in_reasoning: bool,
 }
 
 /// Which parser reads the model's output.

@@ -5,12 +5,13 @@ use std::collections::HashMap;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use super::args::{DeviceChoice, FingerprintMode, FrontendArgs, Machine, ModelArgs, ServeArgs};
+use super::args::{DeviceChoice, FingerprintMode, FrontendArgs, Machine, ModelArgs, ServeArgs, StructuredOutputsArgs};
 use super::environment::Environment;
 use super::files::Locator;
 use super::{
     CacheConfig, ChatConfig, Config, DeviceConfig, DeviceKind, GenerationDefaults, LoadFormat, ModelConfig, ModelFiles,
-    ParserChoice, RoutesConfig, ServerConfig, VLLM_VERSION, checkpoint, http, limits, observability,
+    ParserChoice, RoutesConfig, ServerConfig, StructuredOutputsConfig, VLLM_VERSION, checkpoint, http, limits,
+    observability,
 };
 use crate::backend::DType;
 use crate::step::LogprobsMode;
@@ -296,6 +297,7 @@ fn chat(args: &ServeArgs, tokenizer_files: &ModelFiles) -> Result<ChatConfig, Co
         Some(name) if name.eq_ignore_ascii_case("none") => ParserChoice::Off,
         Some(name) => ParserChoice::Named(name.to_owned()),
     };
+    let (structured_outputs, reasoning_parser) = structured_outputs(&args.structured_outputs)?;
     Ok(ChatConfig {
         template: match &flags.chat_template {
             Some(text) => Some(checkpoint::given_template(text)?),
@@ -304,13 +306,14 @@ fn chat(args: &ServeArgs, tokenizer_files: &ModelFiles) -> Result<ChatConfig, Co
         template_kwargs: flags.default_chat_template_kwargs.clone().unwrap_or_default(),
         reasoning_effort_map: reasoning_effort_map(flags.reasoning_effort_map.as_ref())?,
         trust_request_template: flags.trust_request_chat_template,
-        reasoning_parser: parser(Some(&args.structured_outputs.reasoning_parser)),
+        reasoning_parser: parser(Some(&reasoning_parser)),
         tool_parser: parser(flags.tool_call_parser.as_deref()),
         auto_tool_choice: flags.enable_auto_tool_choice,
         exclude_tools_when_none: flags.exclude_tools_when_tool_choice_none,
         response_role: flags.response_role.clone(),
         anthropic_disabled_thinking_effort: Some(flags.anthropic_disabled_thinking_effort.clone())
             .filter(|effort| effort != "auto"),
+        structured_outputs,
     })
 }
 
@@ -332,6 +335,44 @@ fn reasoning_effort_map(given: Option<&Map<String, Value>>) -> Result<HashMap<St
             }
         })
         .collect()
+}
+
+/// `--structured-outputs-config`, and the reasoning parser that it or its own flag names.
+fn structured_outputs(flags: &StructuredOutputsArgs) -> Result<(StructuredOutputsConfig, String), ConfigError> {
+    let mut config = StructuredOutputsConfig::default();
+    let mut reasoning_parser = flags.reasoning_parser.clone();
+    for (key, value) in flags.structured_outputs_config.iter().flatten() {
+        let refused = |what: &str| {
+            let flag = format!("--structured-outputs-config.{key}");
+            Err(ConfigError::new(flag, what))
+        };
+        let switch = match key.as_str() {
+            "disable_any_whitespace" => &mut config.disable_any_whitespace,
+            "disable_additional_properties" => &mut config.disable_additional_properties,
+            "enable_in_reasoning" => &mut config.enable_in_reasoning,
+            "reasoning_parser" => {
+                match value {
+                    Value::String(name) if reasoning_parser.is_empty() => reasoning_parser.clone_from(name),
+                    Value::String(_) => {}
+                    _ => return refused("it must be a name"),
+                }
+                continue;
+            }
+            // There is one grammar engine, whatever its name elsewhere.
+            "backend" => match value.as_str() {
+                Some("auto" | "xgrammar" | "guidance" | "outlines" | "lm-format-enforcer") => continue,
+                _ => return refused("it must be auto, xgrammar, guidance, outlines or lm-format-enforcer"),
+            },
+            "reasoning_parser_plugin" if value.as_str().is_some_and(str::is_empty) => continue,
+            "reasoning_parser_plugin" => return refused("Python plugins cannot be loaded"),
+            _ => return refused("there is no such setting"),
+        };
+        match value {
+            Value::Bool(value) => *switch = *value,
+            _ => return refused("it must be true or false"),
+        }
+    }
+    Ok((config, reasoning_parser))
 }
 
 fn server(args: &ServeArgs, env: &Environment, fingerprint: Option<String>) -> Result<ServerConfig, ConfigError> {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use tokio::sync::{oneshot, watch};
 
+use super::constrained::{self, Constrained, DueMask};
 use super::handle::{Exit, Shared};
 use super::scheduler::{NewSequence, PlannedRow, PlannedStep, Progress, Scheduler, SequenceId};
 use super::stream::SequenceSink;
@@ -19,7 +20,7 @@ use super::trace::TracedRequest;
 use super::{ChoiceGroup, EngineError, EngineStats, FinishReason, PauseMode, SequenceEvent, SequenceTiming};
 use crate::metrics::{EngineMetrics, FinishedRequest};
 use crate::otlp::SpanIds;
-use crate::step::{Executor, ExecutorError, SamplingParams, Ticket};
+use crate::step::{Executor, ExecutorError, SamplingParams, Ticket, TokenMask};
 
 /// What handles and streams ask of the engine.
 #[derive(Debug)]
@@ -55,6 +56,7 @@ pub(super) enum Command {
 #[derive(Debug)]
 pub(super) struct Submission {
     pub sequence: NewSequence,
+    pub constraint: Option<Box<Constrained>>,
     pub sink: SequenceSink,
     pub arrival: Instant,
     pub request_id: String,
@@ -71,6 +73,8 @@ pub(super) struct Core {
     clients: HashMap<SequenceId, Client>,
     /// Submitted steps, the oldest first.
     in_flight: VecDeque<InFlight>,
+    /// For rows whose sequence has ended, or fails.
+    any_token: TokenMask,
     stats: EngineStats,
     stats_log: StatsLog,
     paused: Option<PauseMode>,
@@ -81,11 +85,13 @@ pub(super) struct Core {
 struct InFlight {
     ticket: Ticket,
     rows: Vec<PlannedRow>,
+    masks_due: Vec<DueMask>,
 }
 
 /// Who waits for a sequence, and its times.
 struct Client {
     sink: SequenceSink,
+    constraint: Option<Box<Constrained>>,
     request_id: String,
     group: Arc<ChoiceGroup>,
     span: Option<SpanIds>,
@@ -110,6 +116,7 @@ impl Core {
         shared: Arc<Shared>,
     ) -> Self {
         Self {
+            any_token: constrained::any_token(shared.capacity.vocab_size),
             executor,
             scheduler,
             inbox,
@@ -258,6 +265,7 @@ impl Core {
     fn add(&mut self, submission: Submission) {
         let Submission {
             sequence,
+            constraint,
             sink,
             arrival,
             request_id,
@@ -266,6 +274,7 @@ impl Core {
         } = submission;
         let client = Client {
             sink,
+            constraint,
             request_id,
             group,
             span,
@@ -332,15 +341,68 @@ impl Core {
             let Some(step) = self.scheduler.plan() else { break };
             self.note_plan(&step);
             match self.executor.submit(&step.plan) {
-                Ok(ticket) => self.in_flight.push_back(InFlight {
-                    ticket,
-                    rows: step.rows,
-                }),
+                Ok(ticket) => {
+                    self.in_flight.push_back(InFlight {
+                        ticket,
+                        masks_due: DueMask::of(&step.plan, &step.rows),
+                        rows: step.rows,
+                    });
+                    self.supply_masks()?;
+                }
                 Err(error) if error.fatal => return Err(error),
                 Err(error) => self.fail_rows(&step.rows, &error),
             }
         }
         Ok(())
+    }
+
+    /// Hands in the masks that can be computed: those of sequences whose last token is known. The others follow when the step
+    /// before has been collected.
+    fn supply_masks(&mut self) -> Result<(), ExecutorError> {
+        for at in 0..self.in_flight.len() {
+            let (mut owners, mut constraints) = (Vec::new(), Vec::new());
+            let step = &mut self.in_flight[at];
+            let mut pending = Vec::new();
+            for due in std::mem::take(&mut step.masks_due) {
+                let constraint = self.clients.get_mut(&due.id).map(|client| &mut client.constraint);
+                match constraint {
+                    Some(Some(constraint)) if !constraint.is_ready(due.output_index) => pending.push(due),
+                    Some(constraint @ Some(_)) => {
+                        owners.push(due);
+                        constraints.extend(constraint.take());
+                    }
+                    // Its sequence has ended: what the row samples is dropped.
+                    _ => self.executor.set_mask(&step.ticket, due.row, self.any_token.clone())?,
+                }
+            }
+            step.masks_due = pending;
+            let masks = constrained::masks(&mut constraints);
+            for ((due, constraint), mask) in owners.into_iter().zip(constraints).zip(masks) {
+                if let Some(client) = self.clients.get_mut(&due.id) {
+                    client.constraint = Some(constraint);
+                }
+                let mask = match mask {
+                    Ok(mask) => mask,
+                    Err(violation) => {
+                        self.fail_sequence(due.id, violation.0);
+                        self.any_token.clone()
+                    }
+                };
+                self.executor.set_mask(&self.in_flight[at].ticket, due.row, mask)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends one sequence that cannot go on; no other notices.
+    fn fail_sequence(&mut self, id: SequenceId, message: String) {
+        self.scheduler.abort(id);
+        if let Some(mut client) = self.clients.remove(&id) {
+            tracing::debug!(request_id = client.request_id, "failed: {message}");
+            client.leave_queue(&self.shared);
+            client.record(&self.shared, "error", Instant::now());
+            client.sink.fail(EngineError::Constraint(message));
+        }
     }
 
     fn note_plan(&mut self, step: &PlannedStep) {
@@ -382,7 +444,7 @@ impl Core {
                         fatal: true,
                     })?;
                 self.deliver(progress);
-                Ok(())
+                self.supply_masks()
             }
             Err(error) if error.fatal => Err(error),
             Err(error) => {
@@ -418,10 +480,23 @@ impl Core {
         let num_generated = progress.len();
         let mut num_prompt_tokens = 0;
         metrics.generation_tokens.inc_by(num_generated as u64);
-        for progress in progress {
+        let mut violations = Vec::new();
+        for mut progress in progress {
             let Some(client) = self.clients.get_mut(&progress.id) else {
                 continue;
             };
+            if let Some(constraint) = &mut client.constraint
+                && progress.finish.is_none()
+            {
+                if let Err(violation) = constraint.push(progress.token.id) {
+                    violations.push((progress.id, violation.0));
+                    continue;
+                }
+                if constraint.is_complete() {
+                    self.scheduler.abort(progress.id);
+                    progress.finish = Some(FinishReason::Stop(None));
+                }
+            }
             if client.first_token.is_none() {
                 num_prompt_tokens += client.num_prompt_tokens;
             }
@@ -448,6 +523,9 @@ impl Core {
         metrics
             .iteration_tokens
             .observe((num_prompt_tokens + num_generated) as f64);
+        for (id, message) in violations {
+            self.fail_sequence(id, message);
+        }
     }
 
     fn answer_pauses(&mut self) {

@@ -8,6 +8,7 @@ use crossbeam_channel::Sender;
 use tokio::sync::{oneshot, watch};
 
 use super::cache::BlockHasher;
+use super::constrained::Constrained;
 use super::core::{Command, Core, Submission};
 use super::scheduler::{NewSequence, Scheduler, SchedulerOptions, SequenceId};
 use super::{EngineConfig, EngineError, EngineRequest, EngineStats, PauseMode, SequenceStream};
@@ -146,6 +147,10 @@ impl EngineHandle {
         let (stream, sink) = SequenceStream::new(sequence.id, self.commands.clone());
         let submission = Submission {
             sequence,
+            constraint: request
+                .constraint
+                .as_ref()
+                .map(|constraint| Box::new(Constrained::new(constraint, &request.sampling))),
             sink,
             arrival: request.arrival,
             request_id: request.id,
@@ -325,9 +330,13 @@ impl Shared {
                 SchedulingPolicy::Priority => request.priority,
             },
             prompt: request.prompt.clone(),
-            sampling: request.sampling.clone(),
+            sampling: match &request.constraint {
+                Some(_) => Constrained::sampling(&request.sampling),
+                None => request.sampling.clone(),
+            },
             stop,
             read_prefix_cache: request.read_prefix_cache && request.sampling.prompt_logprobs.is_none(),
+            constrained: request.constraint.is_some(),
             root,
             hashes,
         })

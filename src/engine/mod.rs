@@ -4,6 +4,7 @@
 //! abort. Behind it one thread owns the scheduler, the block accounting and the [`Executor`](crate::step::Executor).
 
 pub mod cache;
+mod constrained;
 mod core;
 mod handle;
 mod repetition;
@@ -22,6 +23,7 @@ pub use repetition::RepetitionDetection;
 pub use stream::SequenceStream;
 
 use crate::config::SchedulerConfig;
+use crate::grammar::Constraint;
 use crate::otlp::Tracer;
 use crate::step::{SampledToken, SamplingParams, TokenId, TokenLogprobs};
 
@@ -98,6 +100,8 @@ pub struct EngineRequest {
     pub cache_salt: Option<String>,
     /// False: the request computes its whole prompt (prompt logprobs need it). Its blocks are still cached.
     pub read_prefix_cache: bool,
+    /// What the output must look like.
+    pub constraint: Option<Constraint>,
     pub arrival: Instant,
     /// The choices it belongs to.
     pub group: Arc<ChoiceGroup>,
@@ -194,6 +198,10 @@ pub enum EngineError {
     /// The request can never run (needs more KV blocks than there are).
     #[error("{message}")]
     Invalid { param: &'static str, message: String },
+    /// The output cannot go on under its grammar: a limit was reached, or the other sampling parameters forbid all that the
+    /// grammar allows.
+    #[error("{0}")]
+    Constraint(String),
     /// The device failed under this request.
     #[error("the engine failed: {0}")]
     Device(String),

@@ -490,11 +490,11 @@ impl Sequence {
             replay,
             reset_conv: self.fresh,
             block_table: self.table.share(),
-            // A sequence under a grammar will set `needs_mask` here; the engine's loop then hands the mask in between
-            // collecting the step before (which tells the grammar its last token) and collecting this one.
+            // The engine's loop hands the mask in between collecting the step before (which tells the grammar its last
+            // token) and collecting this one.
             sample: samples.then(|| SampleRow {
                 output_index: self.planned_output_len() as u32,
-                needs_mask: false,
+                needs_mask: self.constrained,
             }),
         };
         let started = self.fresh.then(|| StartedSlot {

@@ -113,6 +113,7 @@ struct ControlState {
     step_delay: Duration,
     failure: Option<ExecutorError>,
     panic: bool,
+    ignore_masks: bool,
     counters: ScriptCounters,
 }
 
@@ -152,6 +153,11 @@ impl ScriptControl {
     /// The next collected step panics.
     pub fn panic_next(&self) {
         self.lock().panic = true;
+    }
+
+    /// Rows are sampled as if their mask allowed everything.
+    pub fn ignore_masks(&self, ignore: bool) {
+        self.lock().ignore_masks = ignore;
     }
 
     pub fn counters(&self) -> ScriptCounters {
@@ -397,6 +403,7 @@ impl ScriptedExecutor {
         } else {
             &[]
         };
+        let mask = mask.filter(|_| !self.control.lock().ignore_masks);
         let allowed = |id: TokenId| {
             let in_mask = mask.is_none_or(|TokenMask(words)| {
                 words

@@ -21,6 +21,8 @@ pub struct NewSequence {
     pub sampling: Arc<SamplingParams>,
     pub stop: StopConditions,
     pub read_prefix_cache: bool,
+    /// Each of its tokens is sampled under a mask.
+    pub constrained: bool,
     /// Parent of the first block's hash.
     pub root: BlockHash,
     /// Hashes of the prompt's full blocks.
@@ -47,6 +49,7 @@ pub(super) struct Sequence {
     pub sampling: Arc<SamplingParams>,
     pub stop: StopConditions,
     pub read_prefix_cache: bool,
+    pub constrained: bool,
     pub root: BlockHash,
     /// Hashes of the first full blocks of `tokens`.
     pub hashes: Vec<BlockHash>,
@@ -82,6 +85,7 @@ impl Sequence {
             repetition: new.stop.repetition.map(RepetitionTracker::new),
             stop: new.stop,
             read_prefix_cache: new.read_prefix_cache,
+            constrained: new.constrained,
             root: new.root,
             hashes: new.hashes,
             phase: Phase::Waiting,
@@ -176,6 +180,7 @@ mod tests {
             sampling: Arc::default(),
             stop,
             read_prefix_cache: true,
+            constrained: false,
             root: [0; 32],
             hashes: Vec::new(),
         });

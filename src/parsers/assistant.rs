@@ -11,8 +11,19 @@ pub struct Turn<'a> {
     pub prompt: Prompt<'a>,
     /// The request has tools and its tool_choice is not `none`.
     pub parse_tools: bool,
+    /// The output is under a grammar that makes it calls.
+    pub forced: Option<ForcedCalls<'a>>,
     /// False: calls after the first are dropped.
     pub parallel_tool_calls: bool,
+}
+
+/// Calls that a grammar makes sure of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ForcedCalls<'a> {
+    /// Of any functions: an array of `{"name", "parameters"}`.
+    Any,
+    /// Of one function: its arguments.
+    Named(&'a str),
 }
 
 /// Text that keeps its special tokens goes in, pieces of the turn come out. How the text is cut changes nothing in what
@@ -99,11 +110,10 @@ impl AssistantParser {
     fn read(&mut self, segments: Vec<Segment>, out: &mut Vec<AssistantDelta>) {
         for segment in segments {
             match (segment, &mut self.tools) {
-                (Segment::Reasoning(text), Some(tools)) => {
-                    let marker = tools.start_marker();
-                    self.hold(&text, marker, out);
-                }
-                (Segment::Reasoning(text), None) => out.push(AssistantDelta::Reasoning(text)),
+                (Segment::Reasoning(text), tools) => match tools.as_ref().and_then(|tools| tools.start_marker()) {
+                    Some(marker) => self.hold(&text, marker, out),
+                    None => out.push(AssistantDelta::Reasoning(text)),
+                },
                 (Segment::Content(text), tools) => {
                     let held = std::mem::take(&mut self.held);
                     if !held.text.is_empty() {

@@ -200,6 +200,7 @@ pub(crate) fn parser(group: &str, case: &Value) -> AssistantParser {
             enable_thinking: flag("/chat_template_kwargs/enable_thinking"),
         },
         parse_tools: !no_tools && !none,
+        forced: None,
         parallel_tool_calls: flag("/request/parallel_tool_calls"),
     };
     parsers.assistant(&turn, &token_id)

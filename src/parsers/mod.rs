@@ -11,7 +11,7 @@ pub mod tool;
 #[cfg(test)]
 pub(crate) mod cases;
 
-pub use assistant::{AssistantParser, Turn};
+pub use assistant::{AssistantParser, ForcedCalls, Turn};
 pub use tool::{ToolBlock, ToolCall};
 
 /// A piece of an assistant's turn. Concatenating the pieces of one kind gives the whole, as a stream shows it.
@@ -95,10 +95,21 @@ impl Parsers {
         self.reasoning.is_some() || (parse_tools && self.tool.is_some())
     }
 
+    /// Where a turn begins. Without a reasoning parser everything is content.
+    pub fn beginning(&self, prompt: &reasoning::Prompt<'_>, token: TokenLookup<'_>) -> reasoning::Beginning {
+        self.reasoning.map_or(reasoning::Beginning::Content, |entry| {
+            (entry.new)(prompt, token).beginning()
+        })
+    }
+
     /// A parser for one choice.
     pub fn assistant(&self, turn: &Turn<'_>, token: TokenLookup<'_>) -> AssistantParser {
         let reasoning = self.reasoning.map(|entry| (entry.new)(&turn.prompt, token));
-        let tool = self.tool.filter(|_| turn.parse_tools).map(|entry| (entry.new)());
+        let tool: Option<Box<dyn tool::ToolParser>> = match turn.forced {
+            Some(ForcedCalls::Any) => Some(Box::new(tool::json_calls::JsonCalls::default())),
+            Some(ForcedCalls::Named(name)) => Some(Box::new(tool::json_calls::NamedCall::new(name))),
+            None => self.tool.filter(|_| turn.parse_tools).map(|entry| (entry.new)()),
+        };
         AssistantParser::new(reasoning, tool, turn.parallel_tool_calls)
     }
 }

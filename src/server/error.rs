@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::chat::ChatError;
 use crate::engine::EngineError;
+use crate::grammar::GrammarError;
 use crate::text::TextError;
 
 /// The class of errors found while reading the body. They have OpenAI's envelope on every route, as in vLLM.
@@ -282,6 +283,7 @@ impl From<EngineError> for ApiError {
                 None,
             ),
             EngineError::Invalid { param, message } => Self::invalid(param, message),
+            EngineError::Constraint(message) => Self::bad_request(message),
             EngineError::Device(_) | EngineError::Stopped => Self::internal(error.to_string()),
         }
     }
@@ -297,6 +299,8 @@ impl From<TextError> for ApiError {
                 message,
                 param.map(str::to_owned),
             ),
+            TextError::Grammar(GrammarError::Invalid(message)) => Self::bad_request(message),
+            TextError::Grammar(GrammarError::Busy) => EngineError::Overloaded(error.to_string()).into(),
             TextError::Engine(error) => error.into(),
         }
     }

@@ -438,7 +438,8 @@ pub fn identifier(key: &str) -> &str {
     }
 }
 
-/// Reads an object; fields that `T` does not have are skipped.
+/// Reads an object; fields that `T` does not have are skipped. vLLM's former `guided_…` fields with a line in the log: who sends
+/// them expects constrained output.
 pub fn read_fields<'de, D: Deserializer<'de>, T: Fields>(deserializer: D) -> Result<T, D::Error> {
     struct FieldsVisitor<T>(PhantomData<T>);
     impl<'de, T: Fields> Visitor<'de> for FieldsVisitor<T> {
@@ -450,6 +451,9 @@ pub fn read_fields<'de, D: Deserializer<'de>, T: Fields>(deserializer: D) -> Res
             let mut body = T::default();
             while let Some(key) = entries.next_key::<String>()? {
                 if !body.read_field(&key, &mut entries)? {
+                    if key.starts_with("guided_") {
+                        tracing::warn!("the field {key:.40} is ignored: use structured_outputs");
+                    }
                     entries.next_value::<IgnoredAny>()?;
                 }
             }

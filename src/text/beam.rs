@@ -83,6 +83,7 @@ impl Steps {
             priority: self.request.priority,
             cache_salt: self.request.cache_salt.clone(),
             read_prefix_cache: true,
+            constraint: None,
             arrival: Instant::now(),
             group: ChoiceGroup::new(1),
         })

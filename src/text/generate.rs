@@ -1,11 +1,12 @@
 //! Prompts in, text out.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::stream::{BoxStream, SelectAll, Stream, StreamExt};
+use tokio::sync::Semaphore;
 
 use super::detokenizer::Detokenizer;
 use super::logprobs::text_logprobs;
@@ -18,7 +19,12 @@ use crate::config::observability::RequestLogConfig;
 use crate::engine::{
     ChoiceGroup, EngineHandle, EngineRequest, FinishReason, SequenceEvent, SequenceStream, StopConditions,
 };
+use crate::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSpec, Vocabulary};
 use crate::step::TokenId;
+
+/// Grammars compiled at a time; more wait, this long.
+const CONCURRENT_COMPILATIONS: usize = 2;
+const COMPILATION_WAIT: Duration = Duration::from_secs(10);
 
 /// What the model allows a prompt and its continuation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +61,9 @@ struct Shared {
     tokenizer: Arc<Tokenizer>,
     limits: TextLimits,
     log: RequestLogConfig,
+    /// Made when the first grammar is asked for.
+    grammars: OnceLock<Result<GrammarCompiler, GrammarError>>,
+    compilations: Arc<Semaphore>,
 }
 
 impl TextEngine {
@@ -75,6 +84,8 @@ impl TextEngine {
                 tokenizer,
                 limits,
                 log,
+                grammars: OnceLock::new(),
+                compilations: Arc::new(Semaphore::new(CONCURRENT_COMPILATIONS)),
             }),
         }
     }
@@ -132,6 +143,39 @@ impl TextEngine {
             }
         }
         Ok(())
+    }
+
+    /// The grammar of a specification, remembered or compiled on the blocking pool. Few compile at a time, so that whoever
+    /// sends many keeps no others from rendering and tokenizing.
+    ///
+    /// # Errors
+    /// The specification is invalid, unsupported or beyond the limits, or too many compile.
+    pub async fn compile_grammar(&self, spec: GrammarSpec) -> Result<Arc<Grammar>, TextError> {
+        let known = self.shared.grammars.get().and_then(|compiler| compiler.as_ref().ok());
+        if let Some(grammar) = known.and_then(|compiler| compiler.cached(&spec)) {
+            return Ok(grammar);
+        }
+        let turn = self.shared.compilations.clone().acquire_owned();
+        let permit = tokio::time::timeout(COMPILATION_WAIT, turn)
+            .await
+            .map_err(|_| GrammarError::Busy)?;
+        let engine = self.clone();
+        let work = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            engine.grammars()?.compile(&spec)
+        });
+        Ok(work.await.unwrap_or(Err(GrammarError::Busy))?)
+    }
+
+    fn grammars(&self) -> Result<&GrammarCompiler, GrammarError> {
+        let Shared { tokenizer, limits, .. } = &*self.shared;
+        let compiler = self.shared.grammars.get_or_init(|| {
+            let eos: Vec<TokenId> = limits.eos.iter().chain(&limits.extra_eos).copied().collect();
+            GrammarCompiler::new(&Vocabulary::new(limits.vocab_size, &eos, |id| {
+                (tokenizer.token_bytes(id), tokenizer.is_added(id))
+            }))
+        });
+        compiler.as_ref().map_err(GrammarError::clone)
     }
 
     /// Output tokens that a prompt of this length leaves room for.
@@ -238,6 +282,7 @@ impl TextEngine {
                 priority: request.priority,
                 cache_salt: request.cache_salt.clone(),
                 read_prefix_cache,
+                constraint: request.extensions.constraint.clone(),
                 arrival,
                 group: group.clone(),
             })?;

@@ -16,6 +16,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 
 use crate::engine::{EngineError, RepetitionDetection, SequenceTiming};
+use crate::grammar::{Constraint, GrammarError};
 use crate::step::{SamplingParams, TokenId};
 
 pub use generate::{TextEngine, TextLimits, TextStream, collect};
@@ -57,6 +58,8 @@ pub struct GenerateExtensions {
     pub beam_search: Option<BeamSearch>,
     /// The client reads deltas; for logs.
     pub stream: bool,
+    /// What the output must look like; not with `beam_search`.
+    pub constraint: Option<Constraint>,
 }
 
 /// Beam search; its width is the request's `n`.
@@ -139,6 +142,9 @@ pub enum TextError {
         param: Option<&'static str>,
         message: String,
     },
+    /// There is no grammar to constrain the output by.
+    #[error(transparent)]
+    Grammar(#[from] GrammarError),
     #[error(transparent)]
     Engine(#[from] EngineError),
 }

@@ -26,6 +26,8 @@ pub struct Tokenizer {
     offsets: Vec<u32>,
     /// By id: left out by `skip_special_tokens`.
     special: Vec<bool>,
+    /// By id: an added token rather than text, special or not.
+    added: Vec<bool>,
     max_chars_per_token: usize,
     special_names: Map<String, Value>,
     chat_template: Option<String>,
@@ -113,7 +115,8 @@ impl Tokenizer {
         let added = inner.get_added_tokens_decoder();
         let byte_of_char = bytes_of_characters();
         let (mut bytes, mut offsets) = (Vec::new(), Vec::with_capacity(num_ids + 1));
-        let (mut special, mut max_chars_per_token) = (Vec::with_capacity(num_ids), 1);
+        let (mut special, mut is_added) = (Vec::with_capacity(num_ids), Vec::with_capacity(num_ids));
+        let mut max_chars_per_token = 1;
         offsets.push(0);
         for id in 0..num_ids as u32 {
             if let Some(token) = inner.id_to_token(id) {
@@ -133,6 +136,7 @@ impl Tokenizer {
             }
             offsets.push(u32::try_from(bytes.len()).map_err(|_| malformed("its vocabulary is too large".into()))?);
             special.push(added.get(&id).is_some_and(|token| token.special));
+            is_added.push(added.contains_key(&id));
         }
         let mut special_names = Map::new();
         for source in [special_tokens_map, tokenizer_config] {
@@ -148,6 +152,7 @@ impl Tokenizer {
             bytes,
             offsets,
             special,
+            added: is_added,
             max_chars_per_token,
             special_names,
             chat_template: named_template(tokenizer_config.get("chat_template")),
@@ -212,6 +217,11 @@ impl Tokenizer {
     /// Left out by `skip_special_tokens`.
     pub fn is_special(&self, id: TokenId) -> bool {
         self.special.get(id as usize).copied().unwrap_or(false)
+    }
+
+    /// One of the tokens that are looked for before text is split: markers, special or not.
+    pub fn is_added(&self, id: TokenId) -> bool {
+        self.added.get(id as usize).copied().unwrap_or(false)
     }
 
     /// Ids from 0 to the tokenizer's last; the model's vocabulary may be larger.

@@ -1,5 +1,7 @@
 //! The engine as its users see it: through the handle, with its thread.
 
+mod constrained;
+
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -22,6 +24,7 @@ fn request(prompt: &[TokenId], max_tokens: u32) -> EngineRequest {
         priority: 0,
         cache_salt: None,
         read_prefix_cache: true,
+        constraint: None,
         arrival: Instant::now(),
         group: ChoiceGroup::new(1),
     }

@@ -115,6 +115,7 @@ impl Harness {
                 ..StopConditions::default()
             },
             read_prefix_cache: spec.read_prefix_cache && !spec.prompt_logprobs,
+            constrained: false,
             root: self.scheduler.hasher.root(spec.salt),
             hashes: Vec::new(),
         });

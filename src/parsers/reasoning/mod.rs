@@ -9,12 +9,14 @@ pub static REGISTRY: &[Entry] = &[
     Entry {
         name: "lfm2",
         aliases: &[],
+        markers: think::REASONING_MARKERS,
         new: think::new_lfm2,
         detect: think::detect,
     },
     Entry {
         name: "qwen3",
         aliases: &[],
+        markers: think::REASONING_MARKERS,
         new: think::new_qwen3,
         detect: |_, _| false,
     },
@@ -25,6 +27,8 @@ pub static REGISTRY: &[Entry] = &[
 pub struct Entry {
     pub name: &'static str,
     pub aliases: &'static [&'static str],
+    /// Begin and end reasoning.
+    pub markers: [&'static str; 2],
     pub(super) new: fn(&Prompt<'_>, TokenLookup<'_>) -> Box<dyn ReasoningParser>,
     /// Whether a checkpoint speaks the protocol, from its chat template and vocabulary.
     pub(super) detect: fn(&str, TokenLookup<'_>) -> bool,
@@ -47,8 +51,20 @@ pub enum Segment {
     Content(String),
 }
 
+/// Where the prompt leaves a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beginning {
+    Content,
+    Reasoning,
+    /// In content, unless the model opens reasoning first.
+    Undecided,
+}
+
 /// Reads one choice.
 pub trait ReasoningParser: Send {
+    /// Asked before anything is pushed.
+    fn beginning(&self) -> Beginning;
+
     /// `token_ids`: the tokens sampled since the last call, the stopping one excluded. They may be ahead of the text.
     fn push(&mut self, text: &str, token_ids: &[u32], out: &mut Vec<Segment>);
 

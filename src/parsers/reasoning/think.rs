@@ -8,7 +8,7 @@
 //! vLLM 0.33's `qwen3`, as recorded in `compat-tests/goldens/parser-cases.json`. Differs from vLLM: a later `</think>` in
 //! content is dropped in streams too, as vLLM does in whole answers. vLLM has no `lfm2` here.
 
-use super::{Prompt, ReasoningParser, Segment};
+use super::{Beginning, Prompt, ReasoningParser, Segment};
 use crate::parsers::TokenLookup;
 use crate::parsers::marker::{self, Hit};
 
@@ -16,6 +16,7 @@ const START: &str = "<think>";
 const END: &str = "</think>";
 /// Qwen's tool call: ends reasoning and stays in content.
 const TOOL_CALL: &str = "<tool_call>";
+pub(super) const REASONING_MARKERS: [&str; 2] = [START, END];
 const TURN_MARKERS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
 
 struct Think {
@@ -188,6 +189,14 @@ impl Think {
 }
 
 impl ReasoningParser for Think {
+    fn beginning(&self) -> Beginning {
+        match self.state {
+            State::Undecided => Beginning::Undecided,
+            State::Reasoning => Beginning::Reasoning,
+            State::Content | State::Off => Beginning::Content,
+        }
+    }
+
     fn push(&mut self, text: &str, token_ids: &[u32], out: &mut Vec<Segment>) {
         for &id in token_ids {
             let which = self.markers.iter().position(|marker| marker.id == Some(id));

@@ -219,7 +219,7 @@ impl ToolParser for Lfm2 {
         }
     }
 
-    fn start_marker(&self) -> &'static str {
-        START
+    fn start_marker(&self) -> Option<&'static str> {
+        Some(START)
     }
 }

@@ -1,5 +1,6 @@
 //! Parsers that find tool calls in content.
 
+pub(super) mod json_calls;
 mod lfm2;
 mod python_literal;
 
@@ -64,8 +65,8 @@ pub trait ToolParser: Send {
     /// The turn is over: what was held back.
     fn finish(&mut self, out: &mut Vec<AssistantDelta>);
 
-    /// Begins a block; reasoning is searched for it too. Starts with `<`.
-    fn start_marker(&self) -> &'static str;
+    /// Begins a block; reasoning is searched for it too. Starts with `<`. None where the whole content is the block.
+    fn start_marker(&self) -> Option<&'static str>;
 }
 
 pub(super) fn find(name: &str, token: TokenLookup<'_>) -> Result<&'static Entry, ParserError> {

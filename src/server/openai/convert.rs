@@ -161,5 +161,6 @@ fn extensions(fields: &SamplingFields, app: &App) -> GenerateExtensions {
             length_penalty: fields.length_penalty.unwrap_or(1.0),
         }),
         stream: fields.stream.unwrap_or(false),
+        constraint: None,
     }
 }

@@ -41,6 +41,8 @@ request_body! {
         pub return_token_ids: bool,
         pub return_tokens_as_token_ids: bool,
 
+        pub response_format: Map<String, Value>,
+        pub structured_outputs: StructuredOutputs,
         pub use_beam_search: bool,
         pub length_penalty: f64,
         pub repetition_detection: RepetitionFields,
@@ -50,8 +52,6 @@ request_body! {
         pub watermarking: bool,
         pub return_weight_versions: bool,
         pub logprob_token_ids: Vec<i64>,
-        pub response_format: Map<String, Value>,
-        pub structured_outputs: Map<String, Value>,
         pub thinking_token_budget: Value,
 
         // Without effect, here as on vLLM's generation endpoints: for proxies, connectors, plugins and render servers.
@@ -123,6 +123,21 @@ impl Field for StringMap {
         } else {
             Err(D::Error::custom("Input should be a valid string"))
         }
+    }
+}
+
+request_body! {
+    /// One of the first six, and how it is meant.
+    pub struct StructuredOutputs {
+        pub json: Value,
+        pub regex: String,
+        pub choice: Vec<String>,
+        pub grammar: String,
+        pub json_object: bool,
+        pub structural_tag: Value,
+        pub disable_any_whitespace: bool,
+        pub disable_additional_properties: bool,
+        pub whitespace_pattern: String,
     }
 }
 

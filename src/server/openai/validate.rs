@@ -1,7 +1,5 @@
 //! Rules on the fields that chat and completions share. Bounds of the sampling values themselves are the text layer's.
 
-use serde_json::{Map, Value};
-
 use super::types::SamplingFields;
 use crate::engine::RepetitionDetection;
 use crate::server::error::ApiError;
@@ -162,35 +160,11 @@ fn check_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
         ("return_weight_versions", fields.return_weight_versions),
         ("logprob_token_ids", fields.logprob_token_ids.as_ref().map(|_| true)),
         ("thinking_token_budget", thinking_budget),
-        ("structured_outputs", fields.structured_outputs.as_ref().map(|_| true)),
     ];
     if let Some((name, _)) = flags.into_iter().find(|(_, asked)| *asked == Some(true)) {
         return Err(fields::refused(name));
     }
-    fields.response_format.as_ref().map_or(Ok(()), check_response_format)
-}
-
-fn check_response_format(format: &Map<String, Value>) -> Result<(), ApiError> {
-    let at_type = |code, message: &str| ApiError::validation(code, &["response_format".into(), "type".into()], message);
-    match format.get("type") {
-        None => Err(at_type("missing", "Field required")),
-        Some(Value::String(kind)) => match kind.as_str() {
-            "text" => Ok(()),
-            "json_schema" if format.get("json_schema").is_none_or(Value::is_null) => Err(ApiError::invalid(
-                "response_format",
-                "When response_format type is 'json_schema', the 'json_schema' field must be provided.",
-            )),
-            "json_object" | "json_schema" | "structural_tag" => Err(fields::refused("response_format")),
-            _ => Err(at_type(
-                "literal_error",
-                "Input should be 'text', 'json_object', 'json_schema' or 'structural_tag'",
-            )),
-        },
-        Some(_) => Err(at_type(
-            "literal_error",
-            "Input should be 'text', 'json_object', 'json_schema' or 'structural_tag'",
-        )),
-    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -243,11 +217,6 @@ mod tests {
                 r#"{"repetition_detection":{"max_pattern_size":-1}}"#,
                 "repetition_detection",
             ),
-            (r#"{"structured_outputs":{"regex":"a"}}"#, "structured_outputs"),
-            (r#"{"response_format":{"type":"json_object"}}"#, "response_format"),
-            (r#"{"response_format":{"type":"json_schema"}}"#, "response_format"),
-            (r#"{"response_format":{"type":"xml"}}"#, "body.response_format.type"),
-            (r#"{"response_format":{}}"#, "body.response_format.type"),
         ] {
             assert_eq!(check(json), Err((param.to_owned(), 400)), "{json}");
         }
@@ -257,7 +226,7 @@ mod tests {
     fn what_asks_for_nothing_is_accepted() {
         for json in [
             "{}",
-            r#"{"use_beam_search":false,"structured_outputs":null,"response_format":{"type":"text"},"stream_interval":1}"#,
+            r#"{"use_beam_search":false,"stream_interval":1}"#,
             r#"{"thinking_token_budget":-1,"repetition_detection":{},"use_beam_search":true,"watermarking":false}"#,
             r#"{"stream":true,"stream_options":{"include_usage":true},"prompt_logprobs":0,"n":128,"cache_salt":"x"}"#,
         ] {

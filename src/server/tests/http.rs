@@ -118,7 +118,7 @@ async fn each_class_of_error() {
         (CHAT, chat(r#","model":"other""#), 404, "NotFoundError", json!("model")),
         (
             CHAT,
-            chat(r#","response_format":{"type":"json_object"}"#),
+            chat(r#","response_format":{"type":"json_schema"}"#),
             400,
             "BadRequestError",
             json!("response_format"),

@@ -9,6 +9,7 @@ mod http;
 mod load;
 mod routes;
 mod sockets;
+mod structured;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -24,7 +25,10 @@ use tower::ServiceExt;
 use super::{App, ServedModel, router};
 use crate::chat::ChatEngine;
 use crate::config::http::HttpConfig;
-use crate::config::{ChatConfig, GenerationDefaults, ModelFiles, ParserChoice, RoutesConfig, ServerConfig, ServerInfo};
+use crate::config::{
+    ChatConfig, GenerationDefaults, ModelFiles, ParserChoice, RoutesConfig, ServerConfig, ServerInfo,
+    StructuredOutputsConfig,
+};
 use crate::engine::EngineHandle;
 use crate::engine::scripted::{self, ScriptControl, ScriptedExecutor};
 use crate::metrics::Metrics;
@@ -67,6 +71,7 @@ impl Default for Setup {
                 exclude_tools_when_none: false,
                 response_role: "assistant".into(),
                 anthropic_disabled_thinking_effort: None,
+                structured_outputs: StructuredOutputsConfig::default(),
             },
             max_queued_requests: None,
             max_num_seqs: 64,

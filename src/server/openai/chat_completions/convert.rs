@@ -12,6 +12,7 @@ use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::openai::convert::{EndpointSampling, RequestContext, generate_request, resolve};
 use crate::server::openai::reply::ReplyOptions;
+use crate::server::openai::structured::grammar_spec;
 use crate::server::openai::tokenize::types::TokenizeRequest;
 use crate::server::openai::truncate::truncation;
 
@@ -45,6 +46,7 @@ pub fn convert(
         ..EndpointSampling::default()
     };
     let resolved = resolve(fields, endpoint, app)?;
+    let grammar = grammar_spec(fields, &app.chat_config.structured_outputs)?;
     let output_tokens = request.max_completion_tokens.or(fields.max_tokens).unwrap_or(0);
     let output_tokens = usize::try_from(output_tokens).unwrap_or(0);
     let truncation = truncation(fields, app.model.max_model_len, output_tokens)?;
@@ -110,6 +112,7 @@ pub fn convert(
         },
         tool_choice,
         parallel_tool_calls: request.parallel_tool_calls.unwrap_or(true),
+        grammar,
         add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),
         add_special_tokens: request.add_special_tokens.unwrap_or(false),

@@ -109,13 +109,28 @@ fn tool_choice(request: &ChatCompletionRequest, has_tool_parser: bool) -> Result
             "\"auto\" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set",
         ))
     };
+    // The calls are read as JSON, whatever the parser; vLLM asks for one all the same.
+    let forced = |choice: ToolChoice| {
+        if request.sampling.use_beam_search.unwrap_or(false) {
+            return Err(ApiError::invalid(
+                "use_beam_search",
+                "beam search cannot be constrained by tool_choice",
+            ));
+        }
+        if has_tool_parser {
+            return Ok(choice);
+        }
+        Err(ApiError::bad_request(
+            "a tool choice of \"required\" or a named function requires --tool-call-parser to be set",
+        ))
+    };
     match &request.tool_choice {
         None if tools.is_some() => auto(),
         None => Ok(ToolChoice::None),
         Some(Value::String(choice)) => match choice.as_str() {
             "none" => Ok(ToolChoice::None),
             "auto" => needs_tools().and_then(|()| auto()),
-            "required" => needs_tools().and(Err(ApiError::unsupported("tool_choice"))),
+            "required" => needs_tools().and_then(|()| forced(ToolChoice::Required)),
             _ => Err(bad_choice()),
         },
         Some(Value::Object(choice)) => {
@@ -141,7 +156,12 @@ fn tool_choice(request: &ChatCompletionRequest, has_tool_parser: bool) -> Result
                     "The tool specified in `tool_choice` does not match any of the specified `tools`",
                 ));
             }
-            Err(ApiError::unsupported("tool_choice"))
+            if request.sampling.structured_outputs.is_some() {
+                return Err(ApiError::bad_request(
+                    "You can only either use constraints for structured outputs or tools, not both.",
+                ));
+            }
+            forced(ToolChoice::Named(name.to_owned()))
         }
         Some(_) => Err(bad_choice()),
     }
@@ -237,9 +257,7 @@ mod tests {
 
     #[test]
     fn broken_rules_name_the_field() {
-        let named = format!(r#","tools":[{TOOL}],"tool_choice":{{"type":"function","function":{{"name":"f"}}}}"#);
         let absent = format!(r#","tools":[{TOOL}],"tool_choice":{{"type":"function","function":{{"name":"g"}}}}"#);
-        let required = format!(r#","tools":[{TOOL}],"tool_choice":"required""#);
         for (extra, param) in [
             (r#","top_logprobs":3"#, "top_logprobs"),
             (r#","logprobs":true,"top_logprobs":-2"#, "top_logprobs"),
@@ -251,13 +269,16 @@ mod tests {
             (r#","mm_processor_kwargs":{"a":1}"#, "mm_processor_kwargs"),
             (r#","chat_template_kwargs":{"tokenize":true}"#, "chat_template_kwargs"),
             (r#","chat_template_kwargs":{"messages":[]}"#, "chat_template_kwargs"),
-            (named.as_str(), "tool_choice"),
+            (r#","tool_choice":"required""#, "tool_choice"),
             (absent.as_str(), "tool_choice"),
-            (required.as_str(), "tool_choice"),
         ] {
             assert_eq!(failure(extra, RULES).as_deref(), Some(param), "{extra}");
         }
+        let both = format!(
+            r#","structured_outputs":{{"regex":"a"}},"tools":[{TOOL}],"tool_choice":{{"function":{{"name":"f"}}}}"#
+        );
         for extra in [
+            both.as_str(),
             r#","continue_final_message":true"#,
             r#","chat_template":"x""#,
             r#","chat_template_kwargs":{"chat_template":"x"}"#,
@@ -279,14 +300,22 @@ mod tests {
             "{message}"
         );
         assert_eq!(failure(&format!(r#"{tools},"tool_choice":"none""#), rules), None);
+        for choice in [r#""required""#, r#"{"type":"function","function":{"name":"f"}}"#] {
+            let message = failure(&format!(r#"{tools},"tool_choice":{choice}"#), rules).unwrap();
+            assert!(message.contains("--tool-call-parser"), "{message}");
+        }
     }
 
     #[test]
     fn ordinary_requests_pass() {
         let tools = format!(r#","tools":[{TOOL}]"#);
+        let required = format!(r#"{tools},"tool_choice":"required""#);
+        let named = format!(r#"{tools},"tool_choice":{{"type":"function","function":{{"name":"f"}}}}"#);
         for extra in [
             "",
             tools.as_str(),
+            required.as_str(),
+            named.as_str(),
             r#","logprobs":true,"top_logprobs":2,"max_tokens":64,"tool_choice":"none""#,
             r#","mm_processor_kwargs":{},"media_io_kwargs":{},"chat_template_kwargs":{"documents":[]}"#,
         ] {

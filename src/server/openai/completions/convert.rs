@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::reply::{CompletionReply, EchoedPrompt};
 use super::types::{CompletionRequest, Prompt};
+use crate::grammar::{Constraint, Grammar, Start};
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::openai::convert::{EndpointSampling, RequestContext, generate_request, resolve};
@@ -28,7 +29,12 @@ pub struct Conversion {
 ///
 /// # Errors
 /// 400 for a sampling value out of bounds or a prompt that does not fit the model.
-pub fn convert(request: CompletionRequest, app: &App, context: RequestContext) -> Result<Conversion, ApiError> {
+pub fn convert(
+    request: CompletionRequest,
+    app: &App,
+    context: RequestContext,
+    grammar: Option<Arc<Grammar>>,
+) -> Result<Conversion, ApiError> {
     let fields = &request.sampling;
     let echo = request.echo.unwrap_or(false);
     let prompt_only = echo && fields.max_tokens == Some(0);
@@ -47,6 +53,10 @@ pub fn convert(request: CompletionRequest, app: &App, context: RequestContext) -
     let truncation = truncation(fields, app.model.max_model_len, output_tokens)?;
     let add_special_tokens = request.add_special_tokens.unwrap_or(true);
     let mut options = ReplyOptions::new(fields, &app.config, false);
+    let constraint = grammar.map(|grammar| Constraint {
+        grammar,
+        start: Start::Now,
+    });
 
     let prompts = request.prompt.map(|prompts| prompts.0).unwrap_or_default();
     options.request_metrics &= prompts.len() == 1;
@@ -78,7 +88,9 @@ pub fn convert(request: CompletionRequest, app: &App, context: RequestContext) -
             None
         };
         let ids: Arc<[TokenId]> = ids.into();
-        requests.push(generate_request(fields, resolved.clone(), ids.clone(), &context, app));
+        let mut request = generate_request(fields, resolved.clone(), ids.clone(), &context, app);
+        request.extensions.constraint.clone_from(&constraint);
+        requests.push(request);
         echoed.push(EchoedPrompt { ids, text, first });
     }
     let reply = CompletionReply {

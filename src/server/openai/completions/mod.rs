@@ -21,6 +21,7 @@ use crate::server::App;
 use crate::server::body::JsonBody;
 use crate::server::error::ApiError;
 use crate::server::openai::convert::RequestContext;
+use crate::server::openai::structured::grammar_spec;
 use crate::server::{blocking, sse};
 use crate::text::TextDelta;
 
@@ -32,8 +33,12 @@ pub async fn create(
     validate::check(&request, app.model.max_model_len)?;
     let context = RequestContext::new("cmpl-", request.model.as_deref(), &request.sampling, &headers, &app)?;
     let streams = request.sampling.stream.unwrap_or(false);
+    let grammar = match grammar_spec(&request.sampling, &app.chat_config.structured_outputs)? {
+        Some(spec) => Some(app.text().compile_grammar(spec).await?),
+        None => None,
+    };
     let converting = app.clone();
-    let conversion = blocking(move || convert(request, &converting, context)).await??;
+    let conversion = blocking(move || convert(request, &converting, context, grammar)).await??;
 
     let (deltas, reply) = start(&app, conversion)?;
     if streams {
