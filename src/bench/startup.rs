@@ -1,6 +1,6 @@
 //! `rvllm bench startup`: from the start of the process to the first answer of `/health`.
 //!
-//! Each start is this program's own `serve` in a new process. Before a cold one the checkpoint's files are dropped from the page
+//! Each start is this program's own `serve` in a new process, over plain TCP whatever `--uds` and `--ssl-*` say. Before a cold one the checkpoint's files are dropped from the page
 //! cache; there is no other cache to drop, as nothing is compiled. The phases are those of the server's own log line.
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -22,6 +22,8 @@ use crate::serve::Phases;
 const PERCENTILES: [u32; 6] = [10, 25, 50, 75, 90, 99];
 /// Between two questions whether the port answers.
 const POLL: Duration = Duration::from_millis(2);
+/// What a server that listens may take to answer.
+const ANSWER: Duration = Duration::from_secs(60);
 /// What a stopping server gets before it is killed.
 const STOP: Duration = Duration::from_secs(10);
 /// The line after which the port is open.
@@ -167,7 +169,11 @@ fn start_once(serve_argv: &[String]) -> anyhow::Result<Start> {
             continue;
         };
         let address = url.trim_end().rsplit('/').next().unwrap_or_default().to_owned();
+        let listening = Instant::now();
         while !answers(&address) {
+            if listening.elapsed() > ANSWER {
+                bail!("the server listens on {address} and does not answer /health with 200");
+            }
             if let Ok(Some(status)) = server.0.try_wait() {
                 bail!("the server ended before it answered: {status}");
             }

@@ -191,7 +191,8 @@ fn serve_argv(model: &Option<String>, occurrences: &[Occurrence], device: Device
     for occurrence in occurrences.iter().filter(is_of_serve) {
         let name = occurrence.flag.name();
         match (occurrence.flag.kind, occurrence.values.as_slice()) {
-            _ if matches!(name, "--model" | "--config" | "--host" | "--port") => {}
+            // Named or chosen by the caller; the server is asked over plain TCP.
+            _ if matches!(name, "--model" | "--config" | "--host" | "--port" | "--uds") || name.contains("ssl") => {}
             (Kind::Bool | Kind::Switch, [value]) if value == "false" => argv.push(format!("--no-{}", &name[2..])),
             (Kind::Bool | Kind::Switch, _) | (_, []) => argv.push(name.to_owned()),
             (_, [value]) => argv.push(format!("{name}={value}")),

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::command::Values;
 use super::normalize::normalize;
-use super::table::{Command, FlagSet, Kind, SUBCOMMAND_FLAGS, TABLE, Verdict};
+use super::table::{Command, FlagSet, Kind, SUBCOMMAND_FLAGS, TABLE, Tier, Verdict};
 use super::values::human_int;
 use super::{CliError, Invocation, parse, render_error};
 use crate::config::args::{BenchKind, DeviceChoice, DryRun, Effect, Notice, ServeArgs};
@@ -534,6 +534,26 @@ fn other_subcommands_are_named() {
             "{}",
             command.path()
         );
+    }
+}
+
+/// Words that tell a user what to do.
+const ADVICE: [&str; 14] = [
+    "use ", "leave ", "send ", "serve ", "run ", "read ", "end ", "log ", "stop ", "merge ", "raise ", "route ",
+    "give ", "set ",
+];
+
+#[test]
+fn refused_core_flags_say_what_to_do_instead() {
+    for flag in TABLE
+        .serve
+        .iter()
+        .filter(|f| f.tier == Tier::Core && f.here == Verdict::Refused)
+    {
+        let says = ADVICE
+            .iter()
+            .any(|word| flag.text.starts_with(word) || flag.text.contains(&format!(" {word}")));
+        assert!(says, "{}: {}", flag.name(), flag.text);
     }
 }
 
