@@ -1,8 +1,11 @@
 """The binary beside `serve`: clients, batches, dry runs, benchmarks."""
 
+import hashlib
+import http.server
 import json
 import pathlib
 import subprocess
+import threading
 
 import pytest
 
@@ -88,6 +91,52 @@ def test_a_dry_run_needs_no_weights(tmp_path):
     assert result.returncode == 0, result.stderr
     for part in ["context", "maximum concurrency", "weights", "conv states", "KV cache", "--device"]:
         assert part in result.stdout
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """Serves a checkpoint as org/tiny; remembers which files were asked for."""
+
+    COMMIT = "0123456789012345678901234567890123456789"
+
+    def __init__(self, checkpoint: pathlib.Path):
+        self.checkpoint, self.asked = checkpoint, set()
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path.startswith("/api/models/org/tiny"):
+            files = [{"rfilename": f.name} for f in self.server.checkpoint.iterdir()]
+            return self.answer(json.dumps({"sha": Hub.COMMIT, "siblings": files}).encode(), "info")
+        name = self.path.rsplit("/", 1)[1]
+        self.server.asked.add(name)
+        body = (self.server.checkpoint / name).read_bytes()
+        self.answer(body, hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest())
+
+    def answer(self, body: bytes, etag: str):
+        self.send_response(200)
+        self.send_header("ETag", f'"{etag}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_dry_run_downloads_small_files_alone(tmp_path):
+    hub = Hub(GOLDENS / "tiny-moe" / "checkpoint")
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    result = run_to_exit("serve", "org/tiny", "--device", "cpu", "--dry-run=json", env=env)
+    hub.shutdown()
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["model"]["name"] == "org/tiny"
+    assert {"config.json", "tokenizer.json"} <= hub.asked
+    assert not any(name.endswith(".safetensors") for name in hub.asked)
 
 
 def test_a_dry_run_lists_what_is_refused():

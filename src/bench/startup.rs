@@ -4,7 +4,7 @@
 //! cache; there is no other cache to drop, as nothing is compiled. The phases are those of the server's own log line.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -145,10 +145,11 @@ impl Drop for Server {
 
 fn start_once(serve_argv: &[String]) -> anyhow::Result<Start> {
     let program = std::env::current_exe().context("the program does not find itself")?;
+    let address = free_address().context("no port is free")?;
     let start = Instant::now();
     let child = Command::new(program)
         .args(serve_argv)
-        .args(["--host", "127.0.0.1", "--port", "0"])
+        .args(["--host", "127.0.0.1", "--port", &address.port().to_string()])
         .env("VLLM_CONFIGURE_LOGGING", "1")
         .env("VLLM_LOGGING_LEVEL", "INFO")
         .env("VLLM_LOGGING_STREAM", "ext://sys.stdout")
@@ -165,12 +166,11 @@ fn start_once(serve_argv: &[String]) -> anyhow::Result<Start> {
     for line in lines.by_ref() {
         let line = line.context("the server's output cannot be read")?;
         phases = Phases::parse(&line).or(phases);
-        let Some((_, url)) = line.split_once(LISTENING) else {
+        if !line.contains(LISTENING) {
             continue;
-        };
-        let address = url.trim_end().rsplit('/').next().unwrap_or_default().to_owned();
+        }
         let listening = Instant::now();
-        while !answers(&address) {
+        while !answers(address) {
             if listening.elapsed() > ANSWER {
                 bail!("the server listens on {address} and does not answer /health with 200");
             }
@@ -188,8 +188,13 @@ fn start_once(serve_argv: &[String]) -> anyhow::Result<Start> {
     bail!("the server did not start");
 }
 
+/// An address of this machine that nobody listens on.
+fn free_address() -> std::io::Result<SocketAddr> {
+    TcpListener::bind("127.0.0.1:0")?.local_addr()
+}
+
 /// `GET /health` is 200.
-fn answers(address: &str) -> bool {
+fn answers(address: SocketAddr) -> bool {
     let ask = || -> std::io::Result<Vec<u8>> {
         let mut stream = TcpStream::connect(address)?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
