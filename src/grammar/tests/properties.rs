@@ -158,8 +158,6 @@ fn validates(schema: &Value, value: &Value) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(120))]
-
     #[test]
     fn random_output_under_a_random_schema_validates(part in any_schema(), seed in any::<u64>()) {
         // An object around it, so that random tokens cannot end it early.
