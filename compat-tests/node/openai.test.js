@@ -97,6 +97,23 @@ test("the SDK's stream helper assembles tool calls", async () => {
   assert.deepEqual(JSON.parse(message.tool_calls[0].function.arguments), { city: "Marlowburg" });
 });
 
+test("responses: a tool is called, and its result used", async () => {
+  const tool = { type: "function", strict: false, ...weather.function };
+  const question = { model: "demo", input: "What is the weather in Marlowburg?", temperature: 0, tools: [tool] };
+  const first = await client.responses.create(question);
+  const call = first.output.find((item) => item.type === "function_call");
+  assert.deepEqual(JSON.parse(call.arguments), { city: "Marlowburg" });
+  const output = '{"temperature": 21, "condition": "sunny"}';
+  const items = [{ role: "user", content: question.input }, ...first.output, { type: "function_call_output", call_id: call.call_id, output }];
+  let text = "", final;
+  for await (const event of await client.responses.create({ ...question, input: items, stream: true })) {
+    if (event.type === "response.output_text.delta") text += event.delta;
+    if (event.type === "response.completed") final = event.response;
+  }
+  assert.match(text, /21/);
+  assert.equal(final.output.at(-1).content[0].text, text);
+});
+
 test("completions", async () => {
   const r = await client.completions.create({ model: "demo", prompt: ["The capital of France is", "Hello"], max_tokens: 6, temperature: 0 });
   assert.deepEqual(r.choices.map((c) => c.index), [0, 1]);

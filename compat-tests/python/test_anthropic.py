@@ -14,6 +14,8 @@ WEATHER = {
     "description": "Get the current weather",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
+# A grammar begins after the reasoning, which the demo model may never end.
+NO_THINKING = {"extra_body": {"temperature": 0, "chat_template_kwargs": {"enable_thinking": False}}}
 QUESTION = [{"role": "user", "content": "What is the weather in Marlowburg?"}]
 
 
@@ -105,6 +107,22 @@ def test_tool_choice_none_and_empty_tools(claude):
     m = claude.messages.create(**ask(QUESTION, tools=[WEATHER], tool_choice={"type": "none"}))
     assert m.stop_reason == "end_turn" and not [b for b in m.content if b.type == "tool_use"]
     assert claude.messages.create(**ask(HELLO, tools=[])).content
+
+
+@pytest.mark.parametrize("choice", [{"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}])
+def test_a_tool_is_forced(claude, choice):
+    asked = ask(QUESTION, tools=[WEATHER], tool_choice=choice, **NO_THINKING)
+    with claude.messages.stream(**asked) as stream:
+        final = stream.get_final_message()
+    for m in (claude.messages.create(**asked), final):
+        (call,) = [b for b in m.content if b.type == "tool_use"]
+        assert call.name == "get_weather" and list(call.input) == ["city"] and m.stop_reason == "tool_use"
+
+
+def test_output_follows_a_schema(claude):
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+    m = claude.messages.create(**ask(HELLO, output_config={"format": {"type": "json_schema", "schema": schema}}, **NO_THINKING))
+    assert list(json.loads(text(m))) == ["n"]
 
 
 def test_stop_reasons(claude):

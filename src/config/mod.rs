@@ -252,6 +252,8 @@ pub struct ServerConfig {
     /// 0 = off.
     pub sse_keep_alive_s: u64,
     pub max_body_bytes: usize,
+    /// `VLLM_ENABLE_RESPONSES_API_STORE`: responses can be asked for again.
+    pub responses_store: bool,
     /// `system_fingerprint`; none = null.
     pub fingerprint: Option<String>,
     pub routes: RoutesConfig,

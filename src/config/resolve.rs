@@ -407,6 +407,7 @@ fn server(args: &ServeArgs, env: &Environment, fingerprint: Option<String>) -> R
         access_log: !flags.disable_uvicorn_access_log && uvicorn_info,
         access_log_excluded_paths: excluded.map(slashed).collect(),
         shutdown_timeout_s: not_negative("--shutdown-timeout", args.general.shutdown_timeout)?,
+        responses_store: env.is_on("VLLM_ENABLE_RESPONSES_API_STORE"),
         sse_keep_alive_s: not_negative("--sse-keep-alive-interval", flags.sse_keep_alive_interval)?,
         max_body_bytes: env
             .parsed("VLLM_HTTP_MAX_REQUEST_BODY_SIZE")?

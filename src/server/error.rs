@@ -195,6 +195,24 @@ impl ApiError {
         Self::new(StatusCode::NOT_IMPLEMENTED, "NotImplementedError", message, None)
     }
 
+    /// OpenAI's word for a client's fault, which vLLM keeps for stored responses.
+    pub fn invalid_request(param: &str, message: impl AsRef<str>) -> Self {
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            "invalid_request_error",
+            message,
+            Some(param.to_owned()),
+        )
+    }
+
+    pub fn response_not_found(id: &str) -> Self {
+        let message = format!("Response with id '{}' not found.", shortened(id));
+        Self {
+            status: StatusCode::NOT_FOUND,
+            ..Self::invalid_request("response_id", message)
+        }
+    }
+
     pub fn internal(message: impl AsRef<str>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "InternalServerError", message, None)
     }

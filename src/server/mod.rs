@@ -51,6 +51,7 @@ pub struct App {
     pub info: ServerInfo,
     pub load: load::Load,
     pub control: vllm::control::Control,
+    responses: Arc<openai::responses::store::ResponseStore>,
     cors: cors::Cors,
     keys: middleware::Keys,
     /// What turning thinking off means to the template; found out when it is first asked.
@@ -96,6 +97,7 @@ impl App {
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
+            responses: Arc::default(),
             cors: cors::Cors::new(&config),
             keys: middleware::Keys::new(&config.api_keys),
             disabled_thinking_effort: OnceCell::new(),

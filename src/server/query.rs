@@ -51,6 +51,21 @@ impl QueryParams {
         }
     }
 
+    /// # Errors
+    /// 400: no integer.
+    pub fn integer(&self, name: &str) -> Result<Option<i64>, ApiError> {
+        let parse = |text: &str| {
+            text.trim().parse().map_err(|_| {
+                ApiError::invalid_query(
+                    name,
+                    "int_parsing",
+                    "Input should be a valid integer, unable to parse string as an integer",
+                )
+            })
+        };
+        self.last(name).map(parse).transpose()
+    }
+
     /// The meaning of one of a few words; the first is the default.
     ///
     /// # Errors
@@ -83,6 +98,8 @@ mod tests {
         assert_eq!(query.all("tags").collect::<Vec<_>>(), ["x y", "z"]);
         assert_eq!(query.one_of("mode", &[("abort", 1), ("keep", 2)]), Ok(2));
         assert_eq!(query.one_of("other", &[("abort", 1), ("keep", 2)]), Ok(1));
+        assert_eq!((query.integer("b"), query.integer("c")), (Ok(Some(0)), Ok(None)));
+        assert_eq!(query.integer("mode").unwrap_err().param.as_deref(), Some("query.mode"));
         let error = query.flag("mode", true).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("query.mode"));
         let error = query.one_of("mode", &[("abort", 1), ("wait", 2)]).unwrap_err();

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::anthropic::messages::types::{MessagesRequest, PromptFields};
 use super::openai::chat_completions::types::ChatCompletionRequest;
 use super::openai::completions::types::CompletionRequest;
+use super::openai::responses::types::ResponsesRequest;
 use super::openai::tokenize::types::{DetokenizeRequest, TokenizeRequest};
 use super::vllm::{control, docs, info, lora, rl};
 use super::{App, anthropic, field, openai, vllm};
@@ -205,9 +206,20 @@ pub static ROUTES: &[Route] = &[
     route("POST", "/v1/completions", || post(openai::completions::create))
         .tracked()
         .body("CompletionRequest", field::schema_of::<CompletionRequest>),
-    route("POST", "/v1/responses", || post(vllm::not_built)).is(Here::Refused, "501 for now"),
-    route("GET", "/v1/responses/{response_id}", || get(vllm::not_built)).is(Here::Refused, "501 for now"),
-    route("POST", "/v1/responses/{response_id}/cancel", || post(vllm::not_built)).is(Here::Refused, "501 for now"),
+    route("POST", "/v1/responses", || post(openai::responses::create))
+        .tracked()
+        .body("ResponsesRequest", field::schema_of::<ResponsesRequest>)
+        .is(Here::InPart, RESPONSES),
+    route("GET", "/v1/responses/{response_id}", || {
+        get(openai::responses::stored::retrieve)
+    })
+    .tracked()
+    .is(Here::Better, STORED),
+    route("POST", "/v1/responses/{response_id}/cancel", || {
+        post(openai::responses::stored::cancel)
+    })
+    .tracked()
+    .is(Here::Better, "streams of the response end too"),
     route("POST", "/v1/messages", || post(anthropic::messages::create))
         .tracked()
         .body("AnthropicMessagesRequest", field::schema_of::<MessagesRequest>)
@@ -347,6 +359,12 @@ pub static ROUTES: &[Route] = &[
 const MESSAGES: &str = "takes `x-api-key`; thinking of earlier turns reaches LFM2 templates. Images, Anthropic's own tools, \
                         `defer_loading` and changes of tools are a 400; `thinking.budget_tokens`, `thinking.display` and a last \
                         message as prefill have no effect, as in vLLM by default";
+const RESPONSES: &str = "calls and reasoning of a previous response are part of the conversation; a failure is a \
+                         `response.failed` event. Tools that are no functions, `prompt`, `item_reference`, encrypted reasoning, \
+                         `enable_response_messages`, `previous_input_messages` are a 400; `reasoning.summary` and \
+                         `text.verbosity` have no effect, as in vLLM";
+const STORED: &str = "with `VLLM_ENABLE_RESPONSES_API_STORE=1`; at most 4096 responses or 128 MiB, the oldest go first; a stream \
+                      ends also after a failure";
 const DOCS: &str = "a page that needs nothing from the network";
 const SCALE_OUT: &str = "403: the flags for it are refused for now";
 const AUDIO: &str = "404, as for every text model";

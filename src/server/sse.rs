@@ -47,6 +47,11 @@ impl Frames {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
 }
 
 /// Turns the items of a stream into frames.

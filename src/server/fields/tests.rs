@@ -2,9 +2,11 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::config::document;
+use crate::server::anthropic::messages::types::{MessagesRequest, PromptFields};
 use crate::server::field::Fields;
 use crate::server::openai::chat_completions::types::ChatCompletionRequest;
 use crate::server::openai::completions::types::CompletionRequest;
+use crate::server::openai::responses::types::ResponsesRequest;
 use crate::server::openai::tokenize::types::{DetokenizeRequest, TokenizeRequest};
 
 /// The fields that vLLM 0.33 reads, by request type.
@@ -20,6 +22,9 @@ fn declared() -> Vec<(&'static [&'static str], Map<String, Value>)> {
             TokenizeRequest::properties(),
         ),
         (&["DetokenizeRequest"], DetokenizeRequest::properties()),
+        (&["AnthropicMessagesRequest"], MessagesRequest::properties()),
+        (&["AnthropicCountTokensRequest"], PromptFields::properties()),
+        (&["ResponsesRequest"], ResponsesRequest::properties()),
     ]
 }
 

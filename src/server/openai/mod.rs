@@ -5,6 +5,7 @@ pub mod completions;
 pub mod convert;
 pub mod models;
 pub mod reply;
+pub mod responses;
 pub mod structured;
 pub mod tokenize;
 pub mod tool_metrics;

@@ -7,6 +7,7 @@ mod completions;
 mod fields;
 mod http;
 mod load;
+mod responses;
 mod routes;
 mod sockets;
 mod structured;
@@ -105,6 +106,7 @@ fn server_config() -> ServerConfig {
         sse_keep_alive_s: 0,
         max_body_bytes: 1 << 20,
         fingerprint: Some("vllm-test".into()),
+        responses_store: false,
         routes: RoutesConfig {
             docs: true,
             ..RoutesConfig::default()

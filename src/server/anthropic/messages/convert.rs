@@ -14,6 +14,7 @@ const BILLING_HEADER: &str = "x-anthropic-billing-header";
 
 /// The request has passed `validate`. `disabled_effort` is what turning thinking off means to the served model.
 pub fn convert(request: MessagesRequest, disabled_effort: &str) -> ChatCompletionRequest {
+    let chat = convert_prompt(request.prompt, disabled_effort);
     ChatCompletionRequest {
         sampling: SamplingFields {
             max_tokens: request.max_tokens,
@@ -23,9 +24,10 @@ pub fn convert(request: MessagesRequest, disabled_effort: &str) -> ChatCompletio
             top_p: request.top_p,
             cache_salt: request.cache_salt,
             watermarking: request.watermarking,
-            ..SamplingFields::default()
+            stream: request.stream,
+            ..chat.sampling
         },
-        ..convert_prompt(request.prompt, disabled_effort)
+        ..chat
     }
 }
 
@@ -268,6 +270,15 @@ mod tests {
         // Claude Code sends an empty list, and some clients a choice without tools.
         let none = chat(r#","tools":[],"tool_choice":{"type":"auto"}"#);
         assert_eq!((none.tools, none.tool_choice), (None, None));
+    }
+
+    #[test]
+    fn an_output_format_is_a_response_format() {
+        let format = r#","output_config":{"format":{"type":"json_schema","schema":{"type":"object"}}}"#;
+        assert_eq!(
+            Value::from(chat(format).sampling.response_format.unwrap()),
+            json!({"type": "json_schema", "json_schema": {"name": "output", "schema": {"type": "object"}}})
+        );
     }
 
     #[test]

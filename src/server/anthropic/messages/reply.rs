@@ -70,7 +70,8 @@ const NO_REASON: MessageDelta = MessageDelta {
     stop_sequence: None,
 };
 
-fn stop(finish: &ChatFinish) -> MessageDelta {
+/// `has_calls`: a forced tool's call is one too, though a chat that makes it just stops.
+fn stop(finish: &ChatFinish, has_calls: bool) -> MessageDelta {
     let because = |stop_reason| MessageDelta {
         stop_reason: Some(stop_reason),
         stop_sequence: None,
@@ -80,9 +81,10 @@ fn stop(finish: &ChatFinish) -> MessageDelta {
             stop_sequence: Some(text.clone()),
             ..because("stop_sequence")
         },
+        (FinishReason::ToolCalls, _) => because("tool_use"),
+        (FinishReason::Stop, _) if has_calls => because("tool_use"),
         (FinishReason::Stop, _) => because("end_turn"),
         (FinishReason::Length, _) => because("max_tokens"),
-        (FinishReason::ToolCalls, _) => because("tool_use"),
         (FinishReason::Repetition | FinishReason::Abort, _) => NO_REASON,
     }
 }
@@ -98,7 +100,7 @@ fn empty_text() -> Block {
 
 /// The whole message.
 pub fn message(reply: &MessageReply, choice: ChatChoice) -> MessageResponse {
-    let stop = stop(&choice.finish);
+    let stop = stop(&choice.finish, !choice.tool_calls.is_empty());
     let usage = reply.usage(choice.token_ids.len(), choice.num_cached_tokens);
     let thinking = choice.reasoning.map(|thinking| Block::Thinking {
         thinking,
@@ -136,6 +138,7 @@ pub struct EventBuilder {
     open: Option<BlockKind>,
     /// The open block's, or the next one's.
     index: usize,
+    has_calls: bool,
     output_tokens: usize,
     cached_tokens: usize,
     stop: MessageDelta,
@@ -148,6 +151,7 @@ impl EventBuilder {
             begun: false,
             open: None,
             index: 0,
+            has_calls: false,
             output_tokens: 0,
             cached_tokens: 0,
             stop: NO_REASON,
@@ -186,6 +190,7 @@ impl EventBuilder {
             AssistantDelta::Reasoning(_) => {}
             AssistantDelta::ToolCallStart { name, .. } => {
                 self.close(frames);
+                self.has_calls = true;
                 let call = || Block::ToolUse {
                     id: ids::prefixed(TOOL_CALL_ID),
                     name: name.clone(),
@@ -252,7 +257,7 @@ impl Framing<ChatEvent> for EventBuilder {
             self.part(part, &mut frames);
         }
         if let Some(finish) = &event.finish {
-            self.stop = stop(finish);
+            self.stop = stop(finish, self.has_calls);
         }
         frames
     }

@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::server::field::{Choice, TextOrList, Words, request_body};
+use crate::server::openai::types::{ExtraArgs, MediaPayloads};
 
 request_body! {
     pub struct MessagesRequest {
@@ -17,6 +18,13 @@ request_body! {
         pub top_p: f64,
         pub watermarking: bool,
         pub cache_salt: String,
+
+        // Without effect: for connectors, plugins and render servers.
+        pub kv_transfer_params: Map<String, Value>,
+        pub ec_transfer_params: Map<String, Value>,
+        pub vllm_xargs: ExtraArgs,
+        pub mm_payload: Choice<MediaPayloads>,
+        pub return_mm_kwargs: bool,
         also prompt: PromptFields,
     }
 }
