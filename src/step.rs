@@ -169,6 +169,17 @@ pub struct StepRow {
     pub block_table: Arc<[BlockId]>,
     /// Sample after the row's last token; none for a chunk that does not end its prompt.
     pub sample: Option<SampleRow>,
+    /// Hand back final hidden states; only for sequences that sample nothing.
+    pub hidden: Option<HiddenRow>,
+}
+
+/// Which of the final hidden states (after the last norm) a row hands back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HiddenRow {
+    /// The state of the row's last token.
+    Last,
+    /// The sum over the tokens that the row computes; it replays none.
+    Sum,
 }
 
 /// What sampling needs to know about the row beyond the slot's parameters.
@@ -200,6 +211,8 @@ pub struct RowOutput {
     pub sampled: Option<SampledToken>,
     /// With `prompt_logprobs`: one entry for each prompt token that follows one of the row's (not replayed) tokens.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// `[H]` exactly when the row asked for hidden states.
+    pub hidden: Vec<f32>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

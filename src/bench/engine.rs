@@ -134,6 +134,7 @@ impl Bench {
                 cache_salt: None,
                 read_prefix_cache: true,
                 constraint: None,
+                pooling: None,
                 arrival: Instant::now(),
                 group: ChoiceGroup::new(1),
             })

@@ -133,6 +133,8 @@ pub struct FrontendArgs {
     pub enable_server_load_tracking: bool,
     pub enable_tokenizer_info_endpoint: bool,
     pub disable_fastapi_docs: bool,
+    pub enable_scale_out: bool,
+    pub tokens_only: bool,
 }
 
 /// Of the group Frontend: sockets, TLS and the limits of a connection.
@@ -194,6 +196,9 @@ pub struct ModelArgs {
     pub hf_overrides: Value,
     pub generation_config: String,
     pub override_generation_config: Map<String, Value>,
+    pub runner: String,
+    pub convert: String,
+    pub pooler_config: Option<Map<String, Value>>,
 }
 
 #[derive(Clone, Debug, Deserialize)]

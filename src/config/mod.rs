@@ -14,6 +14,7 @@ mod info;
 mod limits;
 pub mod logging;
 pub mod observability;
+mod pooling;
 pub mod resolve;
 mod routes;
 
@@ -23,6 +24,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value};
 
 pub use info::ServerInfo;
+pub use pooling::{Dimensions, Pooling, PoolingConfig};
 pub use routes::RoutesConfig;
 
 use self::http::HttpConfig;
@@ -80,6 +82,13 @@ impl Config {
                 format!("reasoning {:?}, tools {:?}", chat.reasoning_parser, chat.tool_parser),
             ),
             ("address", server.address() + &server.root_path),
+            (
+                "pooling",
+                model
+                    .pooling
+                    .as_ref()
+                    .map_or("none, it generates".into(), |pooling| format!("{pooling:?}")),
+            ),
             ("API keys", server.api_keys.len().to_string()),
         ];
         lines
@@ -117,6 +126,8 @@ pub struct ModelConfig {
     pub generation_defaults: GenerationDefaults,
     pub max_logprobs: i64,
     pub logprobs_mode: crate::step::LogprobsMode,
+    /// None: it generates.
+    pub pooling: Option<PoolingConfig>,
 }
 
 /// Sampling defaults after `--generation-config` and `--override-generation-config`; none = vLLM's neutral value.

@@ -11,7 +11,7 @@ use super::files::Locator;
 use super::{
     CacheConfig, ChatConfig, Config, DeviceConfig, DeviceKind, GenerationDefaults, LoadFormat, ModelConfig, ModelFiles,
     ParserChoice, RoutesConfig, ServerConfig, StructuredOutputsConfig, VLLM_VERSION, checkpoint, http, limits,
-    observability,
+    observability, pooling,
 };
 use crate::backend::DType;
 use crate::step::LogprobsMode;
@@ -207,6 +207,7 @@ fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError
             "processed_logits" => LogprobsMode::ProcessedLogits,
             _ => LogprobsMode::RawLogprobs,
         },
+        pooling: pooling::resolve(flags, &hf_config)?,
         name,
         files,
         hf_config,

@@ -17,6 +17,8 @@ pub struct RoutesConfig {
     pub load_tracking: bool,
     /// `--enable-tokenizer-info-endpoint`.
     pub tokenizer_info: bool,
+    pub scale_out: bool,
+    pub tokens_only: bool,
     /// Not `--disable-fastapi-docs`.
     pub docs: bool,
     /// `VLLM_*` variables for `/server_info`, by name; none that looks like a secret.
@@ -31,6 +33,8 @@ impl RoutesConfig {
             lora_updates: env.is_on("VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
             load_tracking: flags.enable_server_load_tracking,
             tokenizer_info: flags.enable_tokenizer_info_endpoint,
+            scale_out: flags.enable_scale_out,
+            tokens_only: flags.tokens_only,
             docs: !flags.disable_fastapi_docs,
             environment: env
                 .iter()

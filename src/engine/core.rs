@@ -477,7 +477,7 @@ impl Core {
     fn deliver(&mut self, progress: Vec<Progress>) {
         let metrics = &self.shared.metrics.engine;
         let now = Instant::now();
-        let num_generated = progress.len();
+        let num_generated = progress.iter().filter(|progress| progress.token.is_some()).count();
         let mut num_prompt_tokens = 0;
         metrics.generation_tokens.inc_by(num_generated as u64);
         let mut violations = Vec::new();
@@ -485,10 +485,10 @@ impl Core {
             let Some(client) = self.clients.get_mut(&progress.id) else {
                 continue;
             };
-            if let Some(constraint) = &mut client.constraint
+            if let (Some(constraint), Some(token)) = (&mut client.constraint, &progress.token)
                 && progress.finish.is_none()
             {
-                if let Err(violation) = constraint.push(progress.token.id) {
+                if let Err(violation) = constraint.push(token.id) {
                     violations.push((progress.id, violation.0));
                     continue;
                 }
@@ -500,9 +500,13 @@ impl Core {
             if client.first_token.is_none() {
                 num_prompt_tokens += client.num_prompt_tokens;
             }
-            client.note_token(metrics, now);
+            match progress.token {
+                Some(_) => client.note_token(metrics, now),
+                None => client.note_prompt(metrics, now),
+            }
             let event = SequenceEvent {
-                tokens: vec![progress.token],
+                tokens: progress.token.into_iter().collect(),
+                hidden: progress.hidden,
                 prompt_logprobs: progress.prompt_logprobs,
                 num_cached_tokens: progress.num_cached_tokens,
                 timing: progress.finish.as_ref().map(|_| client.timing()),
@@ -557,11 +561,10 @@ impl Client {
         match self.last_token {
             Some(last) => metrics.inter_token_latency.observe((now - last).as_secs_f64()),
             None => {
-                self.first_token = Some(now);
                 metrics
                     .time_to_first_token
                     .observe(now.saturating_duration_since(self.arrival).as_secs_f64());
-                metrics.observe_prompt(self.num_prompt_tokens, self.num_cached_tokens);
+                self.note_prompt(metrics, now);
             }
         }
         self.last_token = Some(now);
@@ -577,6 +580,12 @@ impl Client {
             prefill: between(self.admitted, self.first_token),
             decode: between(self.first_token, self.last_token),
         }
+    }
+
+    /// The whole prompt is computed.
+    fn note_prompt(&mut self, metrics: &EngineMetrics, now: Instant) {
+        self.first_token = Some(now);
+        metrics.observe_prompt(self.num_prompt_tokens, self.num_cached_tokens);
     }
 
     /// A client that goes before its sequence was admitted gives its place in the queue back.

@@ -12,7 +12,7 @@ use super::constrained::Constrained;
 use super::core::{Command, Core, Submission};
 use super::scheduler::{NewSequence, Scheduler, SchedulerOptions, SequenceId};
 use super::{EngineConfig, EngineError, EngineRequest, EngineStats, PauseMode, SequenceStream};
-use crate::config::SchedulingPolicy;
+use crate::config::{Pooling, SchedulingPolicy};
 use crate::metrics::Metrics;
 use crate::otlp::Tracer;
 use crate::step::{Capacity, Executor};
@@ -293,10 +293,13 @@ impl Shared {
             return invalid("the prompt has no tokens".into());
         }
         let max_len = self.max_len();
-        if len >= max_len {
+        let longest = match request.pooling {
+            None => max_len.saturating_sub(1),
+            Some(_) => max_len,
+        };
+        if len > longest {
             return invalid(format!(
-                "the prompt has {len} tokens; at most {} fit the context, the KV cache and a step",
-                max_len.saturating_sub(1)
+                "the prompt has {len} tokens; at most {longest} fit the context, the KV cache and a step"
             ));
         }
         if let Some(id) = request
@@ -310,7 +313,7 @@ impl Shared {
             ));
         }
         let mut stop = request.stop.clone();
-        if stop.max_tokens == 0 {
+        if stop.max_tokens == 0 && request.pooling.is_none() {
             return Err(EngineError::Invalid {
                 param: "max_tokens",
                 message: "max_tokens must be at least 1".into(),
@@ -335,8 +338,12 @@ impl Shared {
                 None => request.sampling.clone(),
             },
             stop,
-            read_prefix_cache: request.read_prefix_cache && request.sampling.prompt_logprobs.is_none(),
             constrained: request.constraint.is_some(),
+            // What is found in the cache has no hidden states and no logits.
+            read_prefix_cache: request.read_prefix_cache
+                && request.sampling.prompt_logprobs.is_none()
+                && request.pooling != Some(Pooling::Mean),
+            pooling: request.pooling,
             root,
             hashes,
         })

@@ -22,7 +22,7 @@ pub use handle::{EngineHandle, Exit, Health};
 pub use repetition::RepetitionDetection;
 pub use stream::SequenceStream;
 
-use crate::config::SchedulerConfig;
+use crate::config::{Pooling, SchedulerConfig};
 use crate::grammar::Constraint;
 use crate::otlp::Tracer;
 use crate::step::{SampledToken, SamplingParams, TokenId, TokenLogprobs};
@@ -102,6 +102,8 @@ pub struct EngineRequest {
     pub read_prefix_cache: bool,
     /// What the output must look like.
     pub constraint: Option<Constraint>,
+    /// The prompt's hidden states are the answer: the sequence ends with its prompt, `sampling` and `stop` play no part.
+    pub pooling: Option<Pooling>,
     pub arrival: Instant,
     /// The choices it belongs to.
     pub group: Arc<ChoiceGroup>,
@@ -170,6 +172,8 @@ pub struct SequenceEvent {
     pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
     /// Prompt tokens served from the prefix cache; valid from the first event on.
     pub num_cached_tokens: usize,
+    /// With the finish of a request that pools: `[H]`.
+    pub hidden: Vec<f32>,
     pub finish: Option<FinishReason>,
     /// With the finish of a sequence that got a token.
     pub timing: Option<SequenceTiming>,

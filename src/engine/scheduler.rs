@@ -41,6 +41,10 @@ pub struct PlannedRow {
     /// Position of the first token that is computed, not replayed.
     computed_start: usize,
     samples: bool,
+    /// It hands back hidden states.
+    pools: bool,
+    /// It reaches the end of the sequence's tokens.
+    ends: bool,
 }
 
 /// A sequence left the queue.
@@ -53,11 +57,13 @@ pub struct Admitted {
     pub num_cached_tokens: usize,
 }
 
-/// A sequence got a token.
+/// A sequence got a token, or its prompt is pooled.
 #[derive(Debug)]
 pub struct Progress {
     pub id: SequenceId,
-    pub token: SampledToken,
+    pub token: Option<SampledToken>,
+    /// With the finish of a sequence that pools: `[H]`.
+    pub hidden: Vec<f32>,
     /// With the first token, if the sequence asked for them.
     pub prompt_logprobs: Option<Vec<TokenLogprobs>>,
     pub num_cached_tokens: usize,
@@ -220,12 +226,29 @@ impl Scheduler {
             if sequence.sampling.prompt_logprobs.is_some() {
                 sequence.add_prompt_logprobs(row.computed_start, out.prompt_logprobs);
             }
+            if row.pools && sequence.phase == Phase::Running {
+                sequence.add_hidden(out.hidden);
+                if row.ends {
+                    progress.push(Progress {
+                        id: row.id,
+                        token: None,
+                        hidden: sequence.take_pooled(),
+                        prompt_logprobs: None,
+                        num_cached_tokens: sequence.num_cached_tokens.unwrap_or(0),
+                        finish: Some(FinishReason::Stop(None)),
+                    });
+                    self.publish(row.id);
+                    self.end(row.id);
+                    continue;
+                }
+            }
             let Some(token) = out.sampled else { continue };
             let finish = sequence.push(token.id);
             let first = sequence.output().len() == 1;
             progress.push(Progress {
                 id: row.id,
-                token,
+                token: Some(token),
+                hidden: Vec::new(),
                 prompt_logprobs: (first && sequence.sampling.prompt_logprobs.is_some())
                     .then(|| std::mem::take(&mut sequence.prompt_logprobs)),
                 num_cached_tokens: sequence.num_cached_tokens.unwrap_or(0),
@@ -265,6 +288,9 @@ impl Scheduler {
             return Err(BadOutput(format!("{} rows for {}", output.rows.len(), rows.len())));
         }
         for (i, (row, out)) in rows.iter().zip(&output.rows).enumerate() {
+            if row.pools == out.hidden.is_empty() {
+                return Err(BadOutput(format!("row {i} has {} hidden values", out.hidden.len())));
+            }
             match &out.sampled {
                 Some(token) if !row.samples => return Err(BadOutput(format!("row {i} sampled {} unasked", token.id))),
                 Some(token) if token.id as usize >= self.capacity.vocab_size => {
@@ -418,6 +444,7 @@ impl Scheduler {
         };
         sequence.phase = Phase::Waiting;
         sequence.num_computed = 0;
+        sequence.hidden.clear();
         self.cache.release(&mut sequence.table);
         self.free_slots.extend(sequence.slot.take());
         self.waiting.insert(sequence.rank());
@@ -478,7 +505,9 @@ impl Sequence {
     fn next_row(&mut self, num_tokens: usize) -> (StepRow, PlannedRow, Option<StartedSlot>) {
         let (start, end) = (self.num_computed, self.num_computed + num_tokens);
         let replay = self.replay_end.clamp(start, end) - start;
-        let samples = end == self.planned_len();
+        let ends = end == self.planned_len();
+        let samples = ends && self.pooling.is_none();
+        let hidden = self.hidden_row(ends);
         let slot = self.slot.expect("a running sequence has a slot");
         let row = StepRow {
             slot,
@@ -496,6 +525,7 @@ impl Sequence {
                 output_index: self.planned_output_len() as u32,
                 needs_mask: self.constrained,
             }),
+            hidden,
         };
         let started = self.fresh.then(|| StartedSlot {
             slot,
@@ -513,6 +543,8 @@ impl Sequence {
                 id: self.id,
                 computed_start: start + replay,
                 samples,
+                pools: hidden.is_some(),
+                ends,
             },
             started,
         )

@@ -13,9 +13,12 @@ use super::{EngineConfig, EngineHandle};
 use crate::config::{SchedulerConfig, SchedulingPolicy};
 use crate::metrics::Metrics;
 use crate::step::{
-    BlockId, Capacity, Executor, ExecutorError, RowOutput, RowTokens, SampledToken, SamplingParams, SlotId,
+    BlockId, Capacity, Executor, ExecutorError, HiddenRow, RowOutput, RowTokens, SampledToken, SamplingParams, SlotId,
     StartedSlot, StepOutput, StepPlan, StepRow, Ticket, TokenId, TokenLogprobs, TokenMask,
 };
+
+/// Values of a pretended hidden state.
+pub const HIDDEN: usize = 8;
 
 /// Gives the output for a prompt; after its end the last token repeats.
 pub type Script = Arc<dyn Fn(&[TokenId]) -> Vec<TokenId> + Send + Sync>;
@@ -387,6 +390,22 @@ impl ScriptedExecutor {
                 .map(|p| logprobs(slot.tokens[p], slot.prefix_hashes[p], count, vocab_size))
                 .collect();
         }
+        if let Some(hidden) = row.hidden {
+            let end = row.start + row.tokens.len();
+            let positions = match hidden {
+                HiddenRow::Last => end - 1..end,
+                HiddenRow::Sum => row.start..end,
+            };
+            ensure(row.replay == 0 || hidden == HiddenRow::Last, || {
+                "it sums replayed tokens".into()
+            })?;
+            output.hidden = vec![0.0; HIDDEN];
+            for position in positions {
+                for (sum, value) in output.hidden.iter_mut().zip(hidden_state(slot.prefix_hashes[position])) {
+                    *sum += value;
+                }
+            }
+        }
         let Some(sample) = &row.sample else { return Ok(output) };
         let index = sample.output_index as usize;
         let seed = if slot.sampling.temperature == 0.0 {
@@ -538,6 +557,11 @@ fn logprobs(id: TokenId, context: u64, count: u32, vocab_size: u64) -> TokenLogp
     }
 }
 
+/// Small whole numbers that depend on all tokens up to a position: sums of them are exact in any order.
+fn hidden_state(prefix_hash: u64) -> [f32; HIDDEN] {
+    prefix_hash.to_le_bytes().map(|byte| f32::from(byte as i8))
+}
+
 /// A well-spread hash of two numbers (the finaliser of splitmix64).
 fn mix(a: u64, b: u64) -> u64 {
     let mut z = a.rotate_left(17) ^ b.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -602,6 +626,7 @@ mod tests {
                 output_index: 0,
                 needs_mask: false,
             }),
+            hidden: None,
         }
     }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use super::cache::{BlockHash, BlockTable};
 use super::repetition::RepetitionTracker;
 use super::{FinishReason, StopConditions};
-use crate::step::{SamplingParams, SlotId, TokenId, TokenLogprobs};
+use crate::config::Pooling;
+use crate::step::{HiddenRow, SamplingParams, SlotId, TokenId, TokenLogprobs};
 
 /// Numbers sequences in the order of their arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +24,7 @@ pub struct NewSequence {
     pub read_prefix_cache: bool,
     /// Each of its tokens is sampled under a mask.
     pub constrained: bool,
+    pub pooling: Option<Pooling>,
     /// Parent of the first block's hash.
     pub root: BlockHash,
     /// Hashes of the prompt's full blocks.
@@ -50,6 +52,7 @@ pub(super) struct Sequence {
     pub stop: StopConditions,
     pub read_prefix_cache: bool,
     pub constrained: bool,
+    pub pooling: Option<Pooling>,
     pub root: BlockHash,
     /// Hashes of the first full blocks of `tokens`.
     pub hashes: Vec<BlockHash>,
@@ -71,6 +74,8 @@ pub(super) struct Sequence {
     pub num_cached_tokens: Option<usize>,
     /// One entry per prompt token after the first, as far as computed; taken by the first event.
     pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// `[H]` what the rows so far add up to, for a sequence that pools.
+    pub hidden: Vec<f32>,
     repetition: Option<RepetitionTracker>,
 }
 
@@ -86,6 +91,7 @@ impl Sequence {
             stop: new.stop,
             read_prefix_cache: new.read_prefix_cache,
             constrained: new.constrained,
+            pooling: new.pooling,
             root: new.root,
             hashes: new.hashes,
             phase: Phase::Waiting,
@@ -98,6 +104,7 @@ impl Sequence {
             samples_in_flight: 0,
             num_cached_tokens: None,
             prompt_logprobs: Vec::new(),
+            hidden: Vec::new(),
         }
     }
 
@@ -120,9 +127,9 @@ impl Sequence {
         self.tokens.len() + self.samples_in_flight
     }
 
-    /// Tokens to feed before the next can be sampled; 0 when no further one will be.
+    /// Tokens to feed before the next can be sampled, or the prompt is pooled; 0 when nothing further will be.
     pub fn num_remaining(&self) -> usize {
-        if self.planned_output_len() >= self.stop.max_tokens as usize {
+        if self.pooling.is_none() && self.planned_output_len() >= self.stop.max_tokens as usize {
             0
         } else {
             self.planned_len() - self.num_computed
@@ -156,6 +163,35 @@ impl Sequence {
         (may_stop && repeats).then_some(FinishReason::Repetition)
     }
 
+    /// What a row must hand back of the hidden states; `ends`: it reaches the end of the tokens.
+    pub fn hidden_row(&self, ends: bool) -> Option<HiddenRow> {
+        match self.pooling? {
+            Pooling::Last => ends.then_some(HiddenRow::Last),
+            Pooling::Mean => Some(HiddenRow::Sum),
+        }
+    }
+
+    /// Takes over the hidden states of a row.
+    pub fn add_hidden(&mut self, states: Vec<f32>) {
+        if self.hidden.is_empty() {
+            self.hidden = states;
+        } else {
+            for (sum, state) in self.hidden.iter_mut().zip(states) {
+                *sum += state;
+            }
+        }
+    }
+
+    /// The pooled prompt, once every row is in.
+    pub fn take_pooled(&mut self) -> Vec<f32> {
+        let mut pooled = std::mem::take(&mut self.hidden);
+        if self.pooling == Some(Pooling::Mean) {
+            let count = self.prompt.len() as f32;
+            pooled.iter_mut().for_each(|value| *value /= count);
+        }
+        pooled
+    }
+
     /// Takes over the prompt logprobs of a row that computed (not replayed) the tokens from `computed_start` on. A resumed
     /// sequence computes some again: those are skipped.
     pub fn add_prompt_logprobs(&mut self, computed_start: usize, entries: Vec<TokenLogprobs>) {
@@ -181,6 +217,7 @@ mod tests {
             stop,
             read_prefix_cache: true,
             constrained: false,
+            pooling: None,
             root: [0; 32],
             hashes: Vec::new(),
         });
@@ -262,6 +299,22 @@ mod tests {
         sequence.num_computed = 4;
         sequence.samples_in_flight = 1;
         assert_eq!(sequence.num_remaining(), 0);
+    }
+
+    #[test]
+    fn a_mean_is_the_rows_sum_over_the_tokens() {
+        let mut sequence = sequence(&[], StopConditions::default());
+        sequence.pooling = Some(Pooling::Mean);
+        assert_eq!(sequence.num_remaining(), 3);
+        assert_eq!(sequence.hidden_row(false), Some(HiddenRow::Sum));
+        sequence.add_hidden(vec![1.0, 4.0]);
+        sequence.add_hidden(vec![2.0, -1.0]);
+        assert_eq!(sequence.take_pooled(), [1.0, 1.0]);
+        sequence.pooling = Some(Pooling::Last);
+        assert_eq!(
+            (sequence.hidden_row(false), sequence.hidden_row(true)),
+            (None, Some(HiddenRow::Last))
+        );
     }
 
     #[test]

@@ -181,6 +181,7 @@ impl SequenceEvent {
         self.tokens.extend(later.tokens);
         self.prompt_logprobs = self.prompt_logprobs.take().or(later.prompt_logprobs);
         self.num_cached_tokens = later.num_cached_tokens;
+        self.hidden = later.hidden;
         self.finish = later.finish;
         self.timing = later.timing;
     }

@@ -203,6 +203,7 @@ mod tests {
             reset_conv: start == 0,
             block_table: Arc::from(blocks),
             sample: None,
+            hidden: None,
         }
     }
 

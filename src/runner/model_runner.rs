@@ -8,8 +8,8 @@ use crate::backend::{Backend, BackendError, SampleRequest, ScoreRequest};
 use crate::model::layers::Workspace;
 use crate::model::lfm2::text::{Cache, Lfm2Text};
 use crate::step::{
-    Capacity, DeviceTimes, Executor, ExecutorError, RowOutput, RowTokens, SampledToken, StepOutput, StepPlan, Ticket,
-    TokenId, TokenLogprobs, TokenMask,
+    Capacity, DeviceTimes, Executor, ExecutorError, HiddenRow, RowOutput, RowTokens, SampledToken, StepOutput,
+    StepPlan, Ticket, TokenId, TokenLogprobs, TokenMask,
 };
 
 /// A loaded model and its memory, ready to run steps.
@@ -61,6 +61,8 @@ pub struct ModelRunner<B: Backend> {
     scores: Vec<(usize, u32, ScoreRequest)>,
     piece: Vec<ScoreRequest>,
     tokens: Vec<SampledToken>,
+    /// `[T, H]` the step's final hidden states, where a row asks for some.
+    hidden: Vec<f32>,
 }
 
 impl<B: Backend> ModelRunner<B> {
@@ -75,6 +77,7 @@ impl<B: Backend> ModelRunner<B> {
             scores: Vec::new(),
             piece: Vec::new(),
             tokens: Vec::new(),
+            hidden: Vec::new(),
             parts,
             capacity,
         }
@@ -113,6 +116,9 @@ impl<B: Backend> ModelRunner<B> {
             if slot.is_none_or(|slot| slot.prompt.is_none()) {
                 return Err(bug(format!("row {i}: slot {} was not started", row.slot)));
             }
+            if row.hidden == Some(HiddenRow::Sum) && row.replay > 0 {
+                return Err(bug(format!("row {i} sums the hidden states of replayed tokens")));
+            }
             if row.tokens == RowTokens::LastSampled && slot.is_some_and(|slot| !slot.sampled) {
                 return Err(bug(format!("row {i}: slot {} has sampled nothing yet", row.slot)));
             }
@@ -150,6 +156,7 @@ impl<B: Backend> ModelRunner<B> {
         }
         model.forward(backend, batch, layout.num_tokens(), workspace, cache)?;
 
+        self.read_hidden(plan, output)?;
         self.collect_scores(plan);
         if !self.scores.is_empty() {
             self.score(logits, output)?;
@@ -165,6 +172,32 @@ impl<B: Backend> ModelRunner<B> {
                 ..
             } = &mut self.parts;
             model.logits(backend, batch, rows, workspace, &mut buffers[logits])?;
+        }
+        Ok(())
+    }
+
+    /// Reads the final hidden states of the whole step: few steps ask for any, and those for most of them.
+    fn read_hidden(&mut self, plan: &StepPlan, output: &mut StepOutput) -> Result<(), BackendError> {
+        if plan.rows.iter().all(|row| row.hidden.is_none()) {
+            return Ok(());
+        }
+        let layout = self.builder.layout();
+        let Parts { backend, workspace, .. } = &mut self.parts;
+        backend.read(&workspace.normed, layout.num_tokens(), &mut self.hidden)?;
+        let width = self.hidden.len() / layout.num_tokens();
+        for (i, (row, out)) in plan.rows.iter().zip(&mut output.rows).enumerate() {
+            let (first, end) = (layout.row_starts[i] as usize, layout.row_starts[i + 1] as usize);
+            let states = match row.hidden {
+                None => continue,
+                Some(HiddenRow::Last) => &self.hidden[(end - 1) * width..end * width],
+                Some(HiddenRow::Sum) => &self.hidden[first * width..end * width],
+            };
+            out.hidden = vec![0.0; width];
+            for state in states.chunks_exact(width) {
+                for (sum, value) in out.hidden.iter_mut().zip(state) {
+                    *sum += value;
+                }
+            }
         }
         Ok(())
     }

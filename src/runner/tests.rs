@@ -12,8 +12,8 @@ use crate::config::{CacheConfig, LoadFormat, ModelFiles, SchedulerConfig, Schedu
 use crate::model::LoadError;
 use crate::model::testing::*;
 use crate::step::{
-    Executor, LogprobsMode, RowOutput, RowTokens, SampleRow, SamplingParams, StartedSlot, StepOutput, StepPlan,
-    StepRow, TokenId, TokenMask,
+    Executor, HiddenRow, LogprobsMode, RowOutput, RowTokens, SampleRow, SamplingParams, StartedSlot, StepOutput,
+    StepPlan, StepRow, TokenId, TokenMask,
 };
 
 const BLOCK_SIZE: usize = 16;
@@ -168,6 +168,7 @@ impl Driver {
             reset_conv: start == 0,
             block_table: Arc::from(self.blocks(slot)),
             sample: None,
+            hidden: None,
         }
     }
 
@@ -261,6 +262,53 @@ fn known_tokens_decode_as_fed_back_ones() {
             ));
         }
         assert_eq!(tokens, want, "{model}");
+    }
+}
+
+#[test]
+fn hidden_states_from_any_chunking() {
+    for model in MODELS {
+        let (golden, tensors) = (Golden::read(model), golden_tensors(model));
+        let states = tensors["fp32.final_norm.p7"].to_f32();
+        let ids = golden.prompt("p7");
+        let width = states.len() / ids.len();
+        let total: Vec<f32> = (0..width).map(|i| states.iter().skip(i).step_by(width).sum()).collect();
+        let mut driver = driver(model);
+        for chunk in [7, 1, 3] {
+            let mut start = vec![started(0, &ids, greedy())];
+            let mut sum = vec![0.0; width];
+            for (i, part) in ids.chunks(chunk).enumerate() {
+                let row = StepRow {
+                    hidden: Some(HiddenRow::Sum),
+                    ..driver.row(0, i * chunk, part)
+                };
+                // Another slot's row beside it, which asks for its last state.
+                let beside = StepRow {
+                    hidden: Some(HiddenRow::Last),
+                    ..driver.row(1, 0, &ids)
+                };
+                start.push(started(1, &ids, greedy()));
+                let rows = driver.step(std::mem::take(&mut start), vec![beside, row]).rows;
+                assert!(
+                    max_difference(&rows[0].hidden, &states[states.len() - width..]) <= 1e-3,
+                    "{model}"
+                );
+                sum.iter_mut()
+                    .zip(&rows[1].hidden)
+                    .for_each(|(sum, value)| *sum += value);
+            }
+            assert!(max_difference(&sum, &total) <= 1e-2, "{model} in chunks of {chunk}");
+        }
+        let replayed = StepRow {
+            hidden: Some(HiddenRow::Sum),
+            replay: 1,
+            ..driver.row(0, 0, &ids)
+        };
+        let plan = StepPlan {
+            started: vec![started(0, &ids, greedy())],
+            rows: vec![replayed],
+        };
+        assert!(driver.runner.submit(&plan).is_err());
     }
 }
 

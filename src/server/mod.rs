@@ -17,8 +17,10 @@ pub mod load;
 pub mod middleware;
 mod observed;
 pub mod openai;
+pub mod pooling;
 pub mod query;
 pub mod routes;
+pub mod scale_out;
 pub mod sse;
 pub mod tls;
 pub mod vllm;
@@ -35,7 +37,7 @@ use axum::response::{IntoResponse, Response};
 use tokio::sync::OnceCell;
 
 use crate::chat::ChatEngine;
-use crate::config::{ChatConfig, GenerationDefaults, ModelConfig, ServerConfig, ServerInfo};
+use crate::config::{ChatConfig, GenerationDefaults, ModelConfig, PoolingConfig, ServerConfig, ServerInfo};
 use crate::engine::EngineHandle;
 use crate::metrics::Metrics;
 use crate::step::LogprobsMode;
@@ -72,6 +74,8 @@ pub struct ServedModel {
     /// -1 = the vocabulary's size.
     pub max_logprobs: i64,
     pub logprobs_mode: LogprobsMode,
+    /// None: it generates.
+    pub pooling: Option<PoolingConfig>,
 }
 
 impl ServedModel {
@@ -84,6 +88,7 @@ impl ServedModel {
             generation_defaults: config.generation_defaults.clone(),
             max_logprobs: config.max_logprobs,
             logprobs_mode: config.logprobs_mode,
+            pooling: config.pooling.clone(),
         }
     }
 }

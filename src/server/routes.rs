@@ -10,20 +10,31 @@ use axum::routing::{MethodRouter, delete, get, post};
 use serde_json::Value;
 
 use super::anthropic::messages::types::{MessagesRequest, PromptFields};
+use super::openai::chat_completions::batch;
 use super::openai::chat_completions::types::ChatCompletionRequest;
 use super::openai::completions::types::CompletionRequest;
 use super::openai::responses::types::ResponsesRequest;
 use super::openai::tokenize::types::{DetokenizeRequest, TokenizeRequest};
-use super::vllm::{control, docs, info, lora, rl};
+use super::pooling::types::{CohereEmbedRequest, EmbeddingRequest, RerankRequest, ScoreRequest};
+use super::pooling::{cohere, embeddings, score};
+use super::scale_out::types::GenerateBody;
+use super::scale_out::{self, render};
+use super::vllm::generative_scoring::{self, GenerativeScoringRequest};
+use super::vllm::{control, docs, info, invocations, lora, rl};
 use super::{App, anthropic, field, openai, vllm};
 
 /// When a route exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {
     Always,
+    /// The model makes tokens.
+    Generate,
+    /// `--runner pooling`: it makes vectors.
+    Pooling,
     Docs,
     TokenizerInfo,
     DevMode,
+    DevModeOrTokensOnly,
     LoraUpdates,
     /// What vLLM ties it to cannot be had here: it never exists. The words name the condition.
     Never(&'static str),
@@ -34,9 +45,12 @@ impl When {
         let routes = &app.config.routes;
         match self {
             When::Always => true,
+            When::Generate => app.model.pooling.is_none(),
+            When::Pooling => app.model.pooling.is_some(),
             When::Docs => routes.docs,
             When::TokenizerInfo => routes.tokenizer_info,
             When::DevMode => routes.dev_mode,
+            When::DevModeOrTokensOnly => routes.dev_mode || routes.tokens_only,
             When::LoraUpdates => routes.lora_updates,
             When::Never(_) => false,
         }
@@ -45,9 +59,12 @@ impl When {
     fn words(self) -> &'static str {
         match self {
             When::Always => "always",
+            When::Generate => "the model generates",
+            When::Pooling => "`--runner pooling`",
             When::Docs => "unless `--disable-fastapi-docs`",
             When::TokenizerInfo => "`--enable-tokenizer-info-endpoint`",
             When::DevMode => "`VLLM_SERVER_DEV_MODE=1`",
+            When::DevModeOrTokensOnly => "`VLLM_SERVER_DEV_MODE=1`, `--tokens-only`",
             When::LoraUpdates => "`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`",
             When::Never(words) => words,
         }
@@ -118,6 +135,18 @@ const fn never(methods: &'static str, path: &'static str, condition: &'static st
         .is(Here::Refused, text)
 }
 
+/// A route of models that make vectors.
+const fn vectors(path: &'static str, handler: fn() -> MethodRouter<Arc<App>>) -> Route {
+    route("POST", path, handler)
+        .when(When::Pooling)
+        .is(Here::InPart, POOLING)
+}
+
+/// A route of models that make tokens.
+const fn generating(methods: &'static str, path: &'static str, handler: fn() -> MethodRouter<Arc<App>>) -> Route {
+    route(methods, path, handler).when(When::Generate)
+}
+
 /// A route of the development mode.
 const fn dev(methods: &'static str, path: &'static str, handler: fn() -> MethodRouter<Arc<App>>) -> Route {
     route(methods, path, handler).when(When::DevMode).keyed()
@@ -184,9 +213,10 @@ pub static ROUTES: &[Route] = &[
     route("POST", "/detokenize", || post(openai::tokenize::detokenize))
         .body("DetokenizeRequest", field::schema_of::<DetokenizeRequest>),
     route("GET", "/tokenizer_info", || get(info::tokenizer_info)).when(When::TokenizerInfo),
-    route("POST", "/invocations", || post(vllm::not_built))
-        .keyed()
-        .is(Here::Refused, "501 for now: send the body to its own route"),
+    route("POST", "/invocations", || post(invocations::invoke)).keyed().is(
+        Here::Better,
+        "no stateful sessions; an invalid body of a known kind names its field",
+    ),
     route("GET|HEAD", "/docs", || get(docs::page))
         .when(When::Docs)
         .is(Here::Better, DOCS),
@@ -197,41 +227,41 @@ pub static ROUTES: &[Route] = &[
     route("GET|HEAD", "/docs/oauth2-redirect", || get(docs::oauth2_redirect))
         .when(When::Docs)
         .is(Here::Accepted, "an empty page: there is no OAuth2"),
-    route("POST", "/v1/chat/completions", || {
+    generating("POST", "/v1/chat/completions", || {
         post(openai::chat_completions::create)
     })
     .tracked()
     .body("ChatCompletionRequest", field::schema_of::<ChatCompletionRequest>),
-    route("POST", "/v1/chat/completions/batch", || post(vllm::not_built)).is(Here::Refused, "501 for now"),
-    route("POST", "/v1/completions", || post(openai::completions::create))
+    generating("POST", "/v1/chat/completions/batch", || post(batch::create)),
+    generating("POST", "/v1/completions", || post(openai::completions::create))
         .tracked()
         .body("CompletionRequest", field::schema_of::<CompletionRequest>),
-    route("POST", "/v1/responses", || post(openai::responses::create))
+    generating("POST", "/v1/responses", || post(openai::responses::create))
         .tracked()
         .body("ResponsesRequest", field::schema_of::<ResponsesRequest>)
         .is(Here::InPart, RESPONSES),
-    route("GET", "/v1/responses/{response_id}", || {
+    generating("GET", "/v1/responses/{response_id}", || {
         get(openai::responses::stored::retrieve)
     })
     .tracked()
     .is(Here::Better, STORED),
-    route("POST", "/v1/responses/{response_id}/cancel", || {
+    generating("POST", "/v1/responses/{response_id}/cancel", || {
         post(openai::responses::stored::cancel)
     })
     .tracked()
     .is(Here::Better, "streams of the response end too"),
-    route("POST", "/v1/messages", || post(anthropic::messages::create))
+    generating("POST", "/v1/messages", || post(anthropic::messages::create))
         .tracked()
         .body("AnthropicMessagesRequest", field::schema_of::<MessagesRequest>)
         .is(Here::Better, MESSAGES),
-    route("POST", "/v1/messages/count_tokens", || {
+    generating("POST", "/v1/messages/count_tokens", || {
         post(anthropic::count_tokens::create)
     })
     .body("AnthropicCountTokensRequest", field::schema_of::<PromptFields>)
     .is(Here::Better, MESSAGES),
-    route("POST", "/generative_scoring", || post(vllm::not_built))
+    generating("POST", "/generative_scoring", || post(generative_scoring::score))
         .keyed()
-        .is(Here::Refused, "501 for now"),
+        .body("GenerativeScoringRequest", field::schema_of::<GenerativeScoringRequest>),
     route("POST", "/v1/systemone", || post(vllm::no_decisions)).is(
         Here::Same,
         "501, as for every language model: it needs a structured-decision model",
@@ -240,31 +270,59 @@ pub static ROUTES: &[Route] = &[
         Here::Same,
         "501, as for every language model: it needs a structured-decision model",
     ),
-    route("POST", "/scale_elastic_ep", || post(rl::scale_elastic_ep))
+    generating("POST", "/scale_elastic_ep", || post(rl::scale_elastic_ep))
         .keyed()
         .is(Here::Accepted, "a size of 1 is what there is; another is a 400"),
-    route("POST", "/is_scaling_elastic_ep", || post(rl::is_scaling_elastic_ep)),
-    route("POST", "/inference/v1/generate", || post(vllm::no_scale_out)).is(Here::Refused, SCALE_OUT),
-    route("POST", "/inference/v1/abort_requests", || post(vllm::no_scale_out)).is(Here::Refused, SCALE_OUT),
-    dev("POST", "/abort_requests", || post(control::abort_requests)).is(Here::Better, "counts what it ended"),
-    route("POST", "/v1/chat/completions/render", || post(vllm::no_scale_out)).is(Here::Refused, SCALE_OUT),
-    route("POST", "/v1/completions/render", || post(vllm::no_scale_out)).is(Here::Refused, SCALE_OUT),
-    route("POST", "/v1/messages/render", || post(vllm::no_scale_out)).is(Here::Refused, SCALE_OUT),
-    route("POST", "/v1/responses/render", || post(vllm::no_scale_out)).is(Here::Refused, SCALE_OUT),
-    route("POST", "/v1/chat/completions/derender", || post(vllm::no_scale_out)).is(Here::Refused, SCALE_OUT),
-    route("POST", "/v1/completions/derender", || post(vllm::no_scale_out)).is(Here::Refused, SCALE_OUT),
+    generating("POST", "/is_scaling_elastic_ep", || post(rl::is_scaling_elastic_ep)),
+    generating("POST", "/inference/v1/generate", || post(scale_out::generate))
+        .body("GenerateRequest", field::schema_of::<GenerateBody>)
+        .is(Here::InPart, "no media, no derendering, no text in streams"),
+    generating("POST", "/inference/v1/abort_requests", || {
+        post(scale_out::abort_requests)
+    })
+    .is(Here::Same, SCALE_OUT),
+    dev("POST", "/abort_requests", || post(control::abort_requests))
+        .when(When::DevModeOrTokensOnly)
+        .is(Here::Better, "counts what it ended"),
+    generating("POST", "/v1/chat/completions/render", || post(render::chat))
+        .body("ChatCompletionRequest", field::schema_of::<ChatCompletionRequest>)
+        .is(Here::InPart, "not with structured outputs or a forced tool call"),
+    generating("POST", "/v1/completions/render", || post(render::completion))
+        .body("CompletionRequest", field::schema_of::<CompletionRequest>)
+        .is(Here::InPart, "not with structured outputs or a forced tool call"),
+    generating("POST", "/v1/messages/render", || post(scale_out::not_built)).is(Here::Refused, NO_DERENDER),
+    generating("POST", "/v1/responses/render", || post(scale_out::not_built)).is(Here::Refused, NO_DERENDER),
+    generating("POST", "/v1/chat/completions/derender", || post(scale_out::not_built)).is(Here::Refused, NO_DERENDER),
+    generating("POST", "/v1/completions/derender", || post(scale_out::not_built)).is(Here::Refused, NO_DERENDER),
     never("POST", "/v1/audio/transcriptions", "a transcription model", AUDIO),
     never("POST", "/v1/audio/translations", "a transcription model", AUDIO),
     never("WEBSOCKET", "/v1/realtime", "a realtime model", AUDIO),
-    never("POST", "/v1/embeddings", "`--runner pooling`", POOLING),
-    never("POST", "/v2/embed", "`--runner pooling`", POOLING),
-    never("POST", "/pooling", "`--runner pooling`", POOLING).keyed(),
-    never("POST", "/classify", "`--runner pooling`", POOLING).keyed(),
-    never("POST", "/score", "`--runner pooling`", POOLING).keyed(),
-    never("POST", "/v1/score", "`--runner pooling`", POOLING),
-    never("POST", "/rerank", "`--runner pooling`", POOLING).keyed(),
-    never("POST", "/v1/rerank", "`--runner pooling`", POOLING),
-    never("POST", "/v2/rerank", "`--runner pooling`", POOLING),
+    vectors("/v1/embeddings", || post(embeddings::embeddings))
+        .tracked()
+        .body("EmbeddingRequest", EMBEDDING),
+    vectors("/v2/embed", || post(cohere::embed)).body("CohereEmbedRequest", field::schema_of::<CohereEmbedRequest>),
+    vectors("/pooling", || post(embeddings::pooling))
+        .tracked()
+        .keyed()
+        .body("EmbeddingRequest", EMBEDDING),
+    never("POST", "/classify", "a classification head", "404, as without one").keyed(),
+    vectors("/score", || post(score::score))
+        .tracked()
+        .keyed()
+        .body("ScoreRequest", SCORE),
+    vectors("/v1/score", || post(score::score))
+        .tracked()
+        .body("ScoreRequest", SCORE),
+    vectors("/rerank", || post(score::rerank))
+        .tracked()
+        .keyed()
+        .body("RerankRequest", RERANK),
+    vectors("/v1/rerank", || post(score::rerank))
+        .tracked()
+        .body("RerankRequest", RERANK),
+    vectors("/v2/rerank", || post(score::rerank))
+        .tracked()
+        .body("RerankRequest", RERANK),
     route("POST", "/v1/load_lora_adapter", || post(lora::load))
         .when(When::LoraUpdates)
         .body("LoadLoRAAdapterRequest", field::schema_of::<lora::LoadRequest>)
@@ -366,9 +424,13 @@ const RESPONSES: &str = "calls and reasoning of a previous response are part of 
 const STORED: &str = "with `VLLM_ENABLE_RESPONSES_API_STORE=1`; at most 4096 responses or 128 MiB, the oldest go first; a stream \
                       ends also after a failure";
 const DOCS: &str = "a page that needs nothing from the network";
-const SCALE_OUT: &str = "403: the flags for it are refused for now";
+const SCALE_OUT: &str = "403 without `--enable-scale-out` or `--tokens-only`";
+const NO_DERENDER: &str = "501 with `--enable-scale-out`, 403 without";
 const AUDIO: &str = "404, as for every text model";
-const POOLING: &str = "404, as when a model generates; pooling models are not served";
+const POOLING: &str = "the last token's or the mean hidden state of an LFM2 checkpoint, texts only, no fp8";
+const EMBEDDING: fn() -> Value = field::schema_of::<EmbeddingRequest>;
+const SCORE: fn() -> Value = field::schema_of::<ScoreRequest>;
+const RERANK: fn() -> Value = field::schema_of::<RerankRequest>;
 const RESTART: &str = "let the orchestrator restart the server";
 
 /// Prefixes that vLLM guards itself, known path or not.

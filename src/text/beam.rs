@@ -84,6 +84,7 @@ impl Steps {
             cache_salt: self.request.cache_salt.clone(),
             read_prefix_cache: true,
             constraint: None,
+            pooling: None,
             arrival: Instant::now(),
             group: ChoiceGroup::new(1),
         })

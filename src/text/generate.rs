@@ -283,6 +283,7 @@ impl TextEngine {
                 cache_salt: request.cache_salt.clone(),
                 read_prefix_cache,
                 constraint: request.extensions.constraint.clone(),
+                pooling: None,
                 arrival,
                 group: group.clone(),
             })?;

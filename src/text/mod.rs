@@ -5,7 +5,9 @@
 mod beam;
 pub mod detokenizer;
 pub mod generate;
+pub mod label;
 pub mod logprobs;
+pub mod pool;
 mod request_log;
 pub mod sampling;
 pub mod stop;
@@ -20,6 +22,8 @@ use crate::grammar::{Constraint, GrammarError};
 use crate::step::{SamplingParams, TokenId};
 
 pub use generate::{TextEngine, TextLimits, TextStream, collect};
+pub use label::{LabelRequest, LabelledPrompt};
+pub use pool::{PoolRequest, PooledPrompt};
 pub use sampling::{ResolvedSampling, SamplingOptions, SamplingRules, resolve_sampling};
 pub use tokenizer::Tokenizer;
 pub use truncation::Truncation;

@@ -25,6 +25,7 @@ fn request(prompt: &[TokenId], max_tokens: u32) -> EngineRequest {
         cache_salt: None,
         read_prefix_cache: true,
         constraint: None,
+        pooling: None,
         arrival: Instant::now(),
         group: ChoiceGroup::new(1),
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::Pooling;
 use crate::engine::StopConditions;
 use crate::engine::scripted::ScriptedExecutor;
 use crate::step::{Executor, ExecutorError, SamplingParams, Ticket, TokenId};
@@ -43,6 +44,7 @@ struct Spec {
     salt: Option<&'static str>,
     read_prefix_cache: bool,
     prompt_logprobs: bool,
+    pooling: Option<Pooling>,
 }
 
 impl Spec {
@@ -56,6 +58,7 @@ impl Spec {
             salt: None,
             read_prefix_cache: true,
             prompt_logprobs: false,
+            pooling: None,
         }
     }
 }
@@ -78,6 +81,7 @@ struct Output {
     tokens: Vec<TokenId>,
     finish: Option<FinishReason>,
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    hidden: Vec<f32>,
     lost: bool,
 }
 
@@ -114,8 +118,9 @@ impl Harness {
                 eos: spec.stops.then_some(EOS),
                 ..StopConditions::default()
             },
-            read_prefix_cache: spec.read_prefix_cache && !spec.prompt_logprobs,
             constrained: false,
+            read_prefix_cache: spec.read_prefix_cache && !spec.prompt_logprobs && spec.pooling != Some(Pooling::Mean),
+            pooling: spec.pooling,
             root: self.scheduler.hasher.root(spec.salt),
             hashes: Vec::new(),
         });
@@ -138,7 +143,8 @@ impl Harness {
                 for progress in self.scheduler.complete(&rows, output).expect("the output fits") {
                     let output = &mut self.outputs[progress.id.0 as usize];
                     assert_eq!(output.finish, None, "no token after the end");
-                    output.tokens.push(progress.token.id);
+                    output.tokens.extend(progress.token.map(|token| token.id));
+                    output.hidden = progress.hidden;
                     output.finish = progress.finish;
                     output.prompt_logprobs = output.prompt_logprobs.take().or(progress.prompt_logprobs);
                 }
@@ -504,7 +510,7 @@ fn an_output_that_does_not_fit_is_refused() {
     let step = harness.scheduler.plan().unwrap();
     let sample = |id| crate::step::RowOutput {
         sampled: Some(SampledToken { id, logprobs: None }),
-        prompt_logprobs: Vec::new(),
+        ..crate::step::RowOutput::default()
     };
     for rows in [
         vec![],
@@ -562,13 +568,15 @@ prop_compose! {
         salted in proptest::bool::weighted(0.15),
         read_prefix_cache in proptest::bool::weighted(0.9),
         prompt_logprobs in proptest::bool::weighted(0.1),
+        pooling in prop_oneof![8 => Just(None), 1 => Just(Some(Pooling::Last)), 1 => Just(Some(Pooling::Mean))],
     ) -> Spec {
         let mut prompt = [tokens(shared_len), tail].concat();
         prompt.truncate(max_len - 1);
         let max_tokens = max_tokens.min((max_len - prompt.len()) as u32);
         Spec {
             prompt, max_tokens, min_tokens: min_tokens.min(max_tokens), stops, priority,
-            salt: salted.then_some("salt"), read_prefix_cache, prompt_logprobs,
+            salt: salted.then_some("salt"), read_prefix_cache, prompt_logprobs: prompt_logprobs && pooling.is_none(),
+            pooling,
         }
     }
 }

@@ -7,6 +7,7 @@ use axum::http::HeaderMap;
 use super::reply::Head;
 use super::types::SamplingFields;
 use super::validate::repetition_detection;
+use crate::config::GenerationDefaults;
 use crate::server::error::ApiError;
 use crate::server::{App, ids};
 use crate::step::TokenId;
@@ -28,6 +29,8 @@ pub struct EndpointSampling {
     pub prompt_logprobs: Option<i64>,
     /// `max_tokens` where the request names none.
     pub default_max_tokens: Option<u32>,
+    /// Only `max_tokens` has the generation config's default; the rest has vLLM's neutral values.
+    pub neutral_defaults: bool,
 }
 
 /// Completes the sampling fields by the generation config's defaults.
@@ -66,8 +69,17 @@ pub fn resolve(fields: &SamplingFields, endpoint: EndpointSampling, app: &App) -
         beam_search: fields.use_beam_search.unwrap_or(false),
     };
     let model = &app.model;
+    let neutral = GenerationDefaults {
+        max_new_tokens: model.generation_defaults.max_new_tokens,
+        max_new_tokens_is_cap: model.generation_defaults.max_new_tokens_is_cap,
+        ..GenerationDefaults::default()
+    };
     let rules = SamplingRules {
-        defaults: &model.generation_defaults,
+        defaults: if endpoint.neutral_defaults {
+            &neutral
+        } else {
+            &model.generation_defaults
+        },
         tokenizer: app.tokenizer(),
         vocab_size: model.vocab_size,
         max_model_len: model.max_model_len,

@@ -138,7 +138,9 @@ fn check_n(fields: &SamplingFields) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn check_cache_salt(salt: &str) -> Result<(), ApiError> {
+/// # Errors
+/// 400: empty, too long or with a character that separates.
+pub fn check_cache_salt(salt: &str) -> Result<(), ApiError> {
     let allowed =
         !salt.is_empty() && salt.chars().count() <= MAX_CACHE_SALT_CHARS && !salt.contains(['@', '/', '\\', '\0']);
     if allowed {

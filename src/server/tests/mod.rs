@@ -7,8 +7,10 @@ mod completions;
 mod fields;
 mod http;
 mod load;
+mod pooling;
 mod responses;
 mod routes;
+mod scale_out;
 mod sockets;
 mod structured;
 
@@ -27,7 +29,7 @@ use super::{App, ServedModel, router};
 use crate::chat::ChatEngine;
 use crate::config::http::HttpConfig;
 use crate::config::{
-    ChatConfig, GenerationDefaults, ModelFiles, ParserChoice, RoutesConfig, ServerConfig, ServerInfo,
+    ChatConfig, GenerationDefaults, ModelFiles, ParserChoice, PoolingConfig, RoutesConfig, ServerConfig, ServerInfo,
     StructuredOutputsConfig,
 };
 use crate::engine::EngineHandle;
@@ -54,6 +56,8 @@ struct Setup {
     max_num_seqs: usize,
     stall_timeout: Duration,
     info: ServerInfo,
+    /// None: the model generates.
+    pooling: Option<PoolingConfig>,
 }
 
 impl Default for Setup {
@@ -78,6 +82,7 @@ impl Default for Setup {
             max_num_seqs: 64,
             stall_timeout: Duration::from_secs(300),
             info: ServerInfo::default(),
+            pooling: None,
         }
     }
 }
@@ -177,6 +182,7 @@ impl Setup {
             },
             max_logprobs: 20,
             logprobs_mode: LogprobsMode::RawLogprobs,
+            pooling: self.pooling,
         };
         let app = App::new(self.server, self.chat, model, chat, metrics).with_info(self.info);
         (app, control)
@@ -233,7 +239,7 @@ impl Server {
         Reply {
             status: parts.status,
             headers: parts.headers,
-            text: String::from_utf8(bytes.to_vec()).unwrap(),
+            text: String::from_utf8_lossy(&bytes).into_owned(),
         }
     }
 

@@ -19,6 +19,16 @@ impl Server {
         self.send(Request::post(path).body(Body::empty()).unwrap()).await
     }
 
+    async fn health_becomes(&self, status: u16) {
+        for _ in 0..1000 {
+            if self.get("/health").await.status == status {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("/health never becomes {status}");
+    }
+
     /// A streaming completion whose first bytes have come.
     async fn begun(&self) -> axum::body::BodyDataStream {
         let response = self
@@ -233,25 +243,11 @@ async fn work_without_progress_is_unhealthy() {
     assert_eq!(server.get("/health").await.status, 200, "idle is healthy");
     server.control.hold();
     let pending = tokio::spawn(server.router.clone().oneshot(post("/v1/completions", ENDLESS)));
-    let mut status = 200;
-    for _ in 0..500 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-        status = server.get("/health").await.status.as_u16();
-        if status == 503 {
-            break;
-        }
-    }
-    assert_eq!(status, 503);
+    server.health_becomes(503).await;
     assert_eq!(server.get("/ping").await.status, 503);
     server.control.release();
     drop(pending.await);
-    for _ in 0..500 {
-        if server.get("/health").await.status == 200 {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    panic!("it stays unhealthy");
+    server.health_becomes(200).await;
 }
 
 #[tokio::test]
@@ -465,20 +461,23 @@ async fn what_cannot_be_done_is_refused_by_name() {
 /// A route exists exactly under its condition; where it does not, the path is as unknown as in vLLM.
 #[tokio::test]
 async fn routes_exist_under_their_conditions() {
-    let plain = Setup {
+    let bare = |pooling| Setup {
         server: ServerConfig {
             routes: RoutesConfig::default(),
             ..server_config()
         },
+        pooling,
         ..Setup::default()
-    }
-    .start();
+    };
+    let (plain, pooling) = (bare(None).start(), bare(Some(pooling::last())).start());
     let mut all = dev();
     all.server.routes = RoutesConfig {
         dev_mode: true,
         lora_updates: true,
         load_tracking: true,
         tokenizer_info: true,
+        scale_out: true,
+        tokens_only: true,
         docs: true,
         environment: Vec::new(),
     };
@@ -496,12 +495,12 @@ async fn routes_exist_under_their_conditions() {
             async move { router.oneshot(request).await.unwrap().status().as_u16() }
         };
         let expected = |exists: bool| if exists { 405 } else { 404 };
-        assert_eq!(patch(&plain).await, expected(route.when == When::Always), "{path}");
-        assert_eq!(
-            patch(&all).await,
-            expected(!matches!(route.when, When::Never(_))),
-            "{path}"
-        );
+        let (always, generates) = (route.when == When::Always, route.when == When::Generate);
+        let pools = route.when == When::Pooling;
+        assert_eq!(patch(&plain).await, expected(always || generates), "{path}");
+        assert_eq!(patch(&pooling).await, expected(always || pools), "{path}");
+        let possible = !pools && !matches!(route.when, When::Never(_));
+        assert_eq!(patch(&all).await, expected(possible), "{path}");
     }
 }
 
@@ -517,7 +516,7 @@ async fn the_openapi_document_lists_what_exists() {
         !route.path.contains("{*")
             && !matches!(
                 route.when,
-                When::Docs | When::Never(_) | When::LoraUpdates | When::TokenizerInfo
+                When::Docs | When::Never(_) | When::Pooling | When::LoraUpdates | When::TokenizerInfo
             )
     };
     let expected: Vec<&str> = ROUTES.iter().filter(documented).map(|route| route.path).collect();

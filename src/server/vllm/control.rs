@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use crate::engine::PauseMode;
@@ -13,6 +14,7 @@ use crate::server::App;
 use crate::server::body::{JsonObject, string_list};
 use crate::server::error::ApiError;
 use crate::server::query::QueryParams;
+use crate::server::scale_out;
 
 const MODES: [(&str, PauseMode); 3] = [
     ("abort", PauseMode::Abort),
@@ -151,12 +153,13 @@ pub async fn nothing_to_reset() -> StatusCode {
     StatusCode::OK
 }
 
-/// `POST /abort_requests`: the requests named by the ids of their responses, or all.
-pub async fn abort_requests(
-    State(app): State<Arc<App>>,
-    JsonObject(body): JsonObject,
-) -> Result<Json<Value>, ApiError> {
+/// `POST /abort_requests`: the requests named by the ids of their responses, or all; with `--tokens-only` only those.
+pub async fn abort_requests(State(app): State<Arc<App>>, body: JsonObject) -> Result<Response, ApiError> {
+    if app.config.routes.tokens_only {
+        return Ok(scale_out::abort_requests(State(app), body).await?.into_response());
+    }
+    let JsonObject(body) = body;
     let ids = string_list(&body, "request_ids")?.filter(|ids| !ids.is_empty());
     let aborted = app.engine().abort_requests(ids).await?;
-    Ok(Json(json!({ "status": "aborted", "aborted": aborted })))
+    Ok(Json(json!({ "status": "aborted", "aborted": aborted })).into_response())
 }

@@ -2,7 +2,9 @@
 
 pub mod control;
 pub mod docs;
+pub mod generative_scoring;
 pub mod info;
+pub mod invocations;
 pub mod lora;
 pub mod rl;
 
@@ -37,19 +39,9 @@ pub async fn load(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({ "server_load": app.load.current() }))
 }
 
-/// A route of vLLM that this server does not answer yet.
-pub async fn not_built() -> ApiError {
-    ApiError::not_implemented("this route of vLLM is not built in this server")
-}
-
 /// `POST /v1/systemone`, `POST /v1/decisions`.
 pub async fn no_decisions() -> ApiError {
     ApiError::not_implemented("The model does not support structured decisions")
-}
-
-/// The scale-out routes without their flags.
-pub async fn no_scale_out() -> ApiError {
-    ApiError::permission_denied("This route needs --enable-scale-out")
 }
 
 /// `GET /kv_event_sources`: no publishers.

@@ -1,5 +1,6 @@
 //! `POST /v1/chat/completions`.
 
+pub mod batch;
 pub mod convert;
 pub mod messages;
 pub mod reply;
