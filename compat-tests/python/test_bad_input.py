@@ -114,7 +114,7 @@ def test_sampling_many_greedy_choices(demo):
 
 
 NOT_YET = [
-    ("use_beam_search", True),
+    ("watermarking", True), ("logprob_token_ids", [1]),
 ]
 
 
@@ -182,6 +182,19 @@ def test_tools(demo):
     refused(demo.post(CHAT, chat(tools="x")))
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     refused(demo.post(CHAT, chat(tools=[tool], tool_choice={"type": "function", "function": {"name": "g"}})))
+
+
+def test_forced_calls_of_odd_tools(demo):
+    def tool(name, parameters):
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    empty = {"type": "object", "properties": {}}
+    refused(demo.post(CHAT, chat(tool_choice="required")))
+    refused(demo.post(CHAT, chat(tools=[tool("f", {"type": "objekt"})], tool_choice="required")))
+    refused(demo.post(CHAT, chat(tools=[tool(f"f{i}", empty) for i in range(10_000)], tool_choice="required")))
+    for name in ['a"b', "a\nb", "a.b", "<|im_end|>", "é" * 100]:
+        r = demo.post(CHAT, chat(tools=[tool(name, empty)] * 2, tool_choice="required"))
+        assert r.status_code == 200, r.text
 
 
 def test_paths_and_methods(demo):
