@@ -163,6 +163,12 @@ impl Route {
         self
     }
 
+    /// Without a key: it only tells a state.
+    const fn open(mut self) -> Self {
+        self.keyed = false;
+        self
+    }
+
     const fn tracked(mut self) -> Self {
         self.tracked = true;
         self
@@ -345,7 +351,7 @@ pub static ROUTES: &[Route] = &[
         "requests wait and the prefix cache is dropped; the memory stays allocated",
     ),
     dev("POST", "/wake_up", || post(control::wake_up)),
-    dev("GET", "/is_sleeping", || get(control::is_sleeping)),
+    dev("GET", "/is_sleeping", || get(control::is_sleeping)).open(),
     dev("POST", "/release_kv_cache_memory", || post(rl::release_kv_cache_memory))
         .is(Here::Refused, "501: the KV cache is allocated once"),
     dev("POST", "/reset_prefix_cache", || post(control::reset_prefix_cache)),
@@ -355,8 +361,8 @@ pub static ROUTES: &[Route] = &[
     dev("POST", "/collective_rpc", || post(rl::collective_rpc)).is(Here::Refused, "501: there are no workers to call"),
     dev("POST", "/pause", || post(control::pause)),
     dev("POST", "/resume", || post(control::resume)),
-    dev("GET", "/is_paused", || get(control::is_paused)),
-    dev("GET", "/get_world_size", || get(rl::get_world_size)),
+    dev("GET", "/is_paused", || get(control::is_paused)).open(),
+    dev("GET", "/get_world_size", || get(rl::get_world_size)).open(),
     dev("POST", "/init_weight_transfer_engine", || {
         post(rl::init_weight_transfer_engine)
     })
@@ -372,7 +378,7 @@ pub static ROUTES: &[Route] = &[
     dev("POST", "/update_weight_version", || post(rl::update_weight_version)),
     dev("POST", "/weight_checker", || post(rl::weight_checker))
         .is(Here::Refused, "501: weights are neither hashed nor overwritten"),
-    dev("GET", "/weight_info", || get(rl::weight_info)),
+    dev("GET", "/weight_info", || get(rl::weight_info)).open(),
     never(
         "POST",
         "/start_profile",
@@ -523,7 +529,16 @@ mod tests {
                 route.path
             );
         }
-        for path in ["/health", "/metrics", "/load", "/version", "/docs", "/openapi.json"] {
+        for path in [
+            "/health",
+            "/metrics",
+            "/load",
+            "/version",
+            "/docs",
+            "/openapi.json",
+            "/is_paused",
+            "/is_sleeping",
+        ] {
             assert!(!needs_key(path), "{path}");
         }
         assert!(needs_key("/adapters/x") && needs_key("/server_info") && needs_key("/v1/unknown"));
