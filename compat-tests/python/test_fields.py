@@ -72,7 +72,7 @@ def test_beams_are_the_best_first_and_their_logprobs_are_the_models(tiny, length
 def test_beams_have_bounds(demo):
     assert refusal(demo, COMPLETIONS, use_beam_search=True, stream=True)["param"] == "use_beam_search"
     assert refusal(demo, COMPLETIONS, use_beam_search=True, n=11)["param"] == "n"
-    streamed = chunks(demo, CHAT, {"messages": HELLO, "use_beam_search": True, "n": 2, "temperature": 0})
+    streamed = chunks(demo, CHAT, {"messages": HELLO, "use_beam_search": True, "n": 2, "temperature": 0, "max_tokens": 20})
     finished = [c["choices"][0] for c in streamed if c["choices"] and c["choices"][0]["finish_reason"]]
     assert sorted(c["index"] for c in finished) == [0, 1]
     demo.wait_idle()
@@ -231,6 +231,6 @@ def test_fields_without_effect_change_nothing(demo):
 
 
 def test_the_sdk_sends_extensions(client):
-    r = client.chat.completions.create(model="demo", messages=COUNT, temperature=0, n=2,
+    r = client.chat.completions.create(model="demo", messages=COUNT, temperature=0, n=2, max_tokens=20,
                                        extra_body={"use_beam_search": True, "return_token_ids": True})
     assert len(r.choices) == 2 and r.choices[0].token_ids and r.prompt_token_ids
