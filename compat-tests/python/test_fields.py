@@ -212,6 +212,26 @@ def test_metrics_and_request_ids_by_flag():
         server.stop()
 
 
+# Reasoning
+
+
+def test_a_thinking_budget_ends_reasoning(demo):
+    messages = [{"role": "user", "content": "What is 12 + 7?"}]
+    free = chat(demo, messages=messages)
+    used = free["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert used > 4
+    for budget in (0, 4):
+        r = chat(demo, messages=messages, thinking_token_budget=budget, return_token_ids=True)
+        assert r["usage"]["completion_tokens_details"]["reasoning_tokens"] == budget
+        assert r["choices"][0]["finish_reason"] == "stop" and r["choices"][0]["message"]["content"]
+        streamed = chunks(demo, CHAT, {"messages": messages, "temperature": 0, "thinking_token_budget": budget, "return_token_ids": True})
+        ids = [i for c in streamed for i in (c["choices"][0].get("token_ids") or [])]
+        assert ids == r["choices"][0]["token_ids"]
+    whole = chat(demo, messages=messages, thinking_token_budget=used + 50)
+    assert whole["choices"][0]["message"] == free["choices"][0]["message"]
+    assert refusal(demo, CHAT, thinking_token_budget=-2)["param"] == "thinking_token_budget"
+
+
 # What is refused, and what has no effect
 
 

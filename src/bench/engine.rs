@@ -135,6 +135,7 @@ impl Bench {
                 read_prefix_cache: true,
                 constraint: None,
                 pooling: None,
+                thinking_budget: None,
                 arrival: Instant::now(),
                 group: ChoiceGroup::new(1),
             })

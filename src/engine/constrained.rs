@@ -1,20 +1,25 @@
-//! Sequences under a grammar: what they may sample next.
+//! Sequences under a grammar or a thinking budget: what they may sample next.
 
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::EngineRequest;
 use super::scheduler::{PlannedRow, SequenceId};
-use crate::grammar::{Constraint, ConstraintState, Violation};
+use super::thinking::ThinkingState;
+use crate::grammar::{ConstraintState, Violation};
 use crate::step::{SamplingParams, StepPlan, TokenId, TokenMask};
 
 /// Fewer masks are computed on the engine's own thread: handing them over takes about as long as one of them.
 const MIN_PARALLEL_MASKS: usize = 4;
 
-/// A sequence's grammar, and what else decides its mask.
+/// What decides the masks of one sequence.
 #[derive(Debug)]
 pub(super) struct Constrained {
-    state: ConstraintState,
+    grammar: Option<ConstraintState>,
+    thinking: Option<ThinkingState>,
+    num_tokens: usize,
+    any_token: TokenMask,
     /// Output tokens before which `suppressed` may not be sampled, where there is a choice.
     min_tokens: usize,
     suppressed: Vec<TokenId>,
@@ -25,7 +30,7 @@ pub(super) struct Constrained {
 pub(super) struct DueMask {
     pub row: usize,
     pub id: SequenceId,
-    /// Tokens that the sequence's grammar must have seen.
+    /// Tokens that the sequence's constraints must have seen.
     pub output_index: usize,
 }
 
@@ -46,48 +51,80 @@ impl DueMask {
 }
 
 impl Constrained {
-    pub fn new(constraint: &Constraint, sampling: &SamplingParams) -> Self {
-        Self {
-            state: ConstraintState::new(constraint),
-            min_tokens: sampling.min_tokens as usize,
-            suppressed: sampling.min_tokens_suppressed.clone(),
+    /// None: nothing restricts the request's tokens.
+    pub fn new(request: &EngineRequest, vocab_size: usize) -> Option<Box<Self>> {
+        let thinking = request.thinking_budget;
+        if request.constraint.is_none() && thinking.is_none() {
+            return None;
         }
+        Some(Box::new(Self {
+            grammar: request.constraint.as_ref().map(ConstraintState::new),
+            thinking: thinking.map(|budget| ThinkingState::new(budget, &request.prompt)),
+            num_tokens: 0,
+            any_token: any_token(vocab_size),
+            min_tokens: request.sampling.min_tokens as usize,
+            suppressed: request.sampling.min_tokens_suppressed.clone(),
+        }))
     }
 
-    /// What the executor samples by. `min_tokens` is applied to the mask instead: when the grammar leaves nothing but EOS, the
-    /// two together would forbid everything.
-    pub fn sampling(params: &Arc<SamplingParams>) -> Arc<SamplingParams> {
-        if params.min_tokens == 0 {
-            return params.clone();
+    /// What the executor samples by. Under a grammar `min_tokens` is applied to the mask instead: when the grammar leaves
+    /// nothing but EOS, the two together would forbid everything.
+    pub fn sampling(request: &EngineRequest) -> Arc<SamplingParams> {
+        if request.sampling.min_tokens == 0 || request.constraint.is_none() {
+            return request.sampling.clone();
         }
         Arc::new(SamplingParams {
             min_tokens: 0,
             min_tokens_suppressed: Vec::new(),
-            ..SamplingParams::clone(params)
+            ..SamplingParams::clone(&request.sampling)
         })
+    }
+
+    /// The output token from which on each is sampled under a mask, as far as is known now; none = none will be.
+    pub fn mask_from(&self) -> Option<usize> {
+        if self.grammar.is_some() {
+            return Some(0);
+        }
+        let before = self.thinking.as_ref()?.tokens_before_forced()?;
+        Some(self.num_tokens.saturating_add(before))
     }
 
     /// # Errors
     /// The sequence cannot go on.
     pub fn push(&mut self, token: TokenId) -> Result<(), Violation> {
-        self.state.push(token)
+        self.num_tokens += 1;
+        if let Some(thinking) = &mut self.thinking {
+            if thinking.forced().is_some_and(|forced| forced != token) {
+                let message =
+                    "the other sampling parameters forbid the end of reasoning that thinking_token_budget asks for";
+                return Err(Violation(message.to_owned()));
+            }
+            thinking.push(token);
+        }
+        self.grammar.as_mut().map_or(Ok(()), |grammar| grammar.push(token))
     }
 
     /// The output is whole: the sequence ends, whatever its stop conditions say.
     pub fn is_complete(&self) -> bool {
-        self.state.is_complete()
+        self.grammar.as_ref().is_some_and(ConstraintState::is_complete)
     }
 
     /// Whether the mask of the output token with this index can be computed.
     pub fn is_ready(&self, output_index: usize) -> bool {
-        self.state.num_tokens() == output_index
+        self.num_tokens == output_index
     }
 
     /// # Errors
     /// The sequence cannot go on.
     pub fn mask(&mut self) -> Result<TokenMask, Violation> {
-        let mask = self.state.mask()?;
-        if self.state.num_tokens() >= self.min_tokens || self.suppressed.is_empty() {
+        if let Some(forced) = self.thinking.as_ref().and_then(ThinkingState::forced) {
+            return Ok(only(forced, self.any_token.0.len()));
+        }
+        let Some(grammar) = &mut self.grammar else {
+            return Ok(self.any_token.clone());
+        };
+        let mask = grammar.mask()?;
+        if self.num_tokens >= self.min_tokens || self.suppressed.is_empty() {
             return Ok(TokenMask(mask));
         }
         let mut words = mask.to_vec();
@@ -99,6 +136,15 @@ impl Constrained {
         let has_choice = words.iter().any(|&word| word != 0);
         Ok(TokenMask(if has_choice { words.into() } else { mask }))
     }
+}
+
+/// Allows one token.
+fn only(id: TokenId, num_words: usize) -> TokenMask {
+    let mut words = vec![0; num_words];
+    if let Some(word) = words.get_mut(id as usize / 32) {
+        *word = 1 << (id % 32);
+    }
+    TokenMask(words.into())
 }
 
 /// The masks of several sequences, in their order.

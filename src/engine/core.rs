@@ -492,6 +492,7 @@ impl Core {
                     violations.push((progress.id, violation.0));
                     continue;
                 }
+                self.scheduler.set_mask_from(progress.id, constraint.mask_from());
                 if constraint.is_complete() {
                     self.scheduler.abort(progress.id);
                     progress.finish = Some(FinishReason::Stop(None));

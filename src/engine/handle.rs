@@ -136,7 +136,9 @@ impl EngineHandle {
         if self.exit.borrow().is_some() {
             return Err(EngineError::Stopped);
         }
-        let sequence = self.shared.prepare(&request)?;
+        let constraint = Constrained::new(&request, self.shared.capacity.vocab_size);
+        let mask_from = constraint.as_ref().and_then(|constraint| constraint.mask_from());
+        let sequence = self.shared.prepare(&request, mask_from)?;
         if self.shared.draining.load(Ordering::Acquire) {
             return Ok(SequenceStream::aborted());
         }
@@ -147,10 +149,7 @@ impl EngineHandle {
         let (stream, sink) = SequenceStream::new(sequence.id, self.commands.clone());
         let submission = Submission {
             sequence,
-            constraint: request
-                .constraint
-                .as_ref()
-                .map(|constraint| Box::new(Constrained::new(constraint, &request.sampling))),
+            constraint,
             sink,
             arrival: request.arrival,
             request_id: request.id,
@@ -281,7 +280,7 @@ impl EngineHandle {
 
 impl Shared {
     /// Turns a request into a sequence that is certain to fit.
-    fn prepare(&self, request: &EngineRequest) -> Result<NewSequence, EngineError> {
+    fn prepare(&self, request: &EngineRequest, mask_from: Option<usize>) -> Result<NewSequence, EngineError> {
         let invalid = |message: String| {
             Err(EngineError::Invalid {
                 param: "prompt",
@@ -333,17 +332,14 @@ impl Shared {
                 SchedulingPolicy::Priority => request.priority,
             },
             prompt: request.prompt.clone(),
-            sampling: match &request.constraint {
-                Some(_) => Constrained::sampling(&request.sampling),
-                None => request.sampling.clone(),
-            },
+            sampling: Constrained::sampling(request),
             stop,
-            constrained: request.constraint.is_some(),
             // What is found in the cache has no hidden states and no logits.
             read_prefix_cache: request.read_prefix_cache
                 && request.sampling.prompt_logprobs.is_none()
                 && request.pooling != Some(Pooling::Mean),
             pooling: request.pooling,
+            mask_from,
             root,
             hashes,
         })

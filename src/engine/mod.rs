@@ -12,6 +12,7 @@ pub mod scheduler;
 pub mod scripted;
 mod sequence;
 mod stream;
+mod thinking;
 mod trace;
 
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 pub use handle::{EngineHandle, Exit, Health};
 pub use repetition::RepetitionDetection;
 pub use stream::SequenceStream;
+pub use thinking::ThinkingBudget;
 
 use crate::config::{Pooling, SchedulerConfig};
 use crate::grammar::Constraint;
@@ -104,6 +106,7 @@ pub struct EngineRequest {
     pub constraint: Option<Constraint>,
     /// The prompt's hidden states are the answer: the sequence ends with its prompt, `sampling` and `stop` play no part.
     pub pooling: Option<Pooling>,
+    pub thinking_budget: Option<ThinkingBudget>,
     pub arrival: Instant,
     /// The choices it belongs to.
     pub group: Arc<ChoiceGroup>,

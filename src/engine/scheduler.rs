@@ -152,6 +152,13 @@ impl Scheduler {
         self.end(id);
     }
 
+    /// Moves the output token from which on a sequence is sampled under masks. One that is over is ignored.
+    pub fn set_mask_from(&mut self, id: SequenceId, mask_from: Option<usize>) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.mask_from = mask_from;
+        }
+    }
+
     /// Sends every running sequence back to the queue.
     pub fn preempt_all(&mut self) {
         for id in self.running.clone() {
@@ -523,7 +530,7 @@ impl Sequence {
             // token) and collecting this one.
             sample: samples.then(|| SampleRow {
                 output_index: self.planned_output_len() as u32,
-                needs_mask: self.constrained,
+                needs_mask: self.mask_from.is_some_and(|from| self.planned_output_len() >= from),
             }),
             hidden,
         };

@@ -22,9 +22,9 @@ pub struct NewSequence {
     pub sampling: Arc<SamplingParams>,
     pub stop: StopConditions,
     pub read_prefix_cache: bool,
-    /// Each of its tokens is sampled under a mask.
-    pub constrained: bool,
     pub pooling: Option<Pooling>,
+    /// The output token from which on each is sampled under a mask; none = never.
+    pub mask_from: Option<usize>,
     /// Parent of the first block's hash.
     pub root: BlockHash,
     /// Hashes of the prompt's full blocks.
@@ -51,8 +51,8 @@ pub(super) struct Sequence {
     pub sampling: Arc<SamplingParams>,
     pub stop: StopConditions,
     pub read_prefix_cache: bool,
-    pub constrained: bool,
     pub pooling: Option<Pooling>,
+    pub mask_from: Option<usize>,
     pub root: BlockHash,
     /// Hashes of the first full blocks of `tokens`.
     pub hashes: Vec<BlockHash>,
@@ -90,8 +90,8 @@ impl Sequence {
             repetition: new.stop.repetition.map(RepetitionTracker::new),
             stop: new.stop,
             read_prefix_cache: new.read_prefix_cache,
-            constrained: new.constrained,
             pooling: new.pooling,
+            mask_from: new.mask_from,
             root: new.root,
             hashes: new.hashes,
             phase: Phase::Waiting,
@@ -216,8 +216,8 @@ mod tests {
             sampling: Arc::default(),
             stop,
             read_prefix_cache: true,
-            constrained: false,
             pooling: None,
+            mask_from: None,
             root: [0; 32],
             hashes: Vec::new(),
         });

@@ -44,7 +44,6 @@ pub struct ConstraintState {
     /// For grammars that are JSON from end to end.
     guard: Option<Guard>,
     phase: Phase,
-    num_tokens: usize,
 }
 
 enum Phase {
@@ -81,13 +80,7 @@ impl ConstraintState {
                 },
             },
             grammar,
-            num_tokens: 0,
         }
-    }
-
-    /// Tokens pushed so far.
-    pub fn num_tokens(&self) -> usize {
-        self.num_tokens
     }
 
     /// The output is whole, and EOS has been sampled.
@@ -100,7 +93,6 @@ impl ConstraintState {
     /// # Errors
     /// The grammar does not allow it, or following it took more than the limits allow.
     pub fn push(&mut self, token: u32) -> Result<(), Violation> {
-        self.num_tokens += 1;
         match &mut self.phase {
             Phase::Undecided { open, close } if *open == token => {
                 self.phase = Phase::Reasoning {
@@ -175,8 +167,6 @@ impl ConstraintState {
 
 impl std::fmt::Debug for ConstraintState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ConstraintState")
-            .field("num_tokens", &self.num_tokens)
-            .finish_non_exhaustive()
+        f.debug_struct("ConstraintState").finish_non_exhaustive()
     }
 }

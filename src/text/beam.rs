@@ -85,6 +85,7 @@ impl Steps {
             read_prefix_cache: true,
             constraint: None,
             pooling: None,
+            thinking_budget: None,
             arrival: Instant::now(),
             group: ChoiceGroup::new(1),
         })

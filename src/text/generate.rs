@@ -284,6 +284,7 @@ impl TextEngine {
                 read_prefix_cache,
                 constraint: request.extensions.constraint.clone(),
                 pooling: None,
+                thinking_budget: request.extensions.thinking_budget,
                 arrival,
                 group: group.clone(),
             })?;

@@ -65,6 +65,7 @@ impl TextEngine {
             cache_salt: request.cache_salt,
             read_prefix_cache: true,
             constraint: None,
+            thinking_budget: None,
             pooling: None,
             arrival: Instant::now(),
             group: ChoiceGroup::new(1),

@@ -17,7 +17,7 @@ mod truncation;
 use std::fmt::Display;
 use std::sync::Arc;
 
-use crate::engine::{EngineError, RepetitionDetection, SequenceTiming};
+use crate::engine::{EngineError, RepetitionDetection, SequenceTiming, ThinkingBudget};
 use crate::grammar::{Constraint, GrammarError};
 use crate::step::{SamplingParams, TokenId};
 
@@ -64,6 +64,8 @@ pub struct GenerateExtensions {
     pub stream: bool,
     /// What the output must look like; not with `beam_search`.
     pub constraint: Option<Constraint>,
+    /// Ends reasoning that uses it up.
+    pub thinking_budget: Option<ThinkingBudget>,
 }
 
 /// Beam search; its width is the request's `n`.

@@ -59,6 +59,7 @@ impl TextEngine {
             cache_salt: request.cache_salt,
             read_prefix_cache: true,
             constraint: None,
+            thinking_budget: None,
             pooling: Some(request.pooling),
             arrival: Instant::now(),
             group: ChoiceGroup::new(1),

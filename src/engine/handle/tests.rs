@@ -26,6 +26,7 @@ fn request(prompt: &[TokenId], max_tokens: u32) -> EngineRequest {
         read_prefix_cache: true,
         constraint: None,
         pooling: None,
+        thinking_budget: None,
         arrival: Instant::now(),
         group: ChoiceGroup::new(1),
     }

@@ -118,9 +118,9 @@ impl Harness {
                 eos: spec.stops.then_some(EOS),
                 ..StopConditions::default()
             },
-            constrained: false,
             read_prefix_cache: spec.read_prefix_cache && !spec.prompt_logprobs && spec.pooling != Some(Pooling::Mean),
             pooling: spec.pooling,
+            mask_from: None,
             root: self.scheduler.hasher.root(spec.salt),
             hashes: Vec::new(),
         });

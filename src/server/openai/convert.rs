@@ -8,6 +8,7 @@ use super::reply::Head;
 use super::types::SamplingFields;
 use super::validate::repetition_detection;
 use crate::config::GenerationDefaults;
+use crate::engine::ThinkingBudget;
 use crate::server::error::ApiError;
 use crate::server::{App, ids};
 use crate::step::TokenId;
@@ -158,7 +159,7 @@ pub fn generate_request(
     }
 }
 
-/// For fields that passed `validate`.
+/// For fields that passed `validate`; what can still fail is the endpoints' to add.
 fn extensions(fields: &SamplingFields, app: &App) -> GenerateExtensions {
     let asked = fields
         .stream_interval
@@ -174,5 +175,47 @@ fn extensions(fields: &SamplingFields, app: &App) -> GenerateExtensions {
         }),
         stream: fields.stream.unwrap_or(false),
         constraint: None,
+        thinking_budget: None,
     }
+}
+
+/// `thinking_token_budget` by the markers of the reasoning parser; -1 is absent.
+///
+/// # Errors
+/// 400: no count, no parser, or markers that cannot be forced.
+pub fn thinking_budget(fields: &SamplingFields, app: &App) -> Result<Option<ThinkingBudget>, ApiError> {
+    const PARAM: &str = "thinking_token_budget";
+    let Some(asked) = &fields.thinking_token_budget else {
+        return Ok(None);
+    };
+    let max_tokens = match asked.as_i64() {
+        Some(-1) => return Ok(None),
+        Some(count) => usize::try_from(count).ok(),
+        None => None,
+    };
+    let max_tokens = max_tokens.ok_or_else(|| {
+        let message = format!("`{PARAM}` must be a non-negative integer or -1 for unlimited.");
+        ApiError::invalid(PARAM, message)
+    })?;
+    let Some(parser) = app.chat.parsers().reasoning else {
+        let message = format!(
+            "{PARAM} is set but there is no reasoning parser; the server can be given one with --reasoning-parser"
+        );
+        return Err(ApiError::invalid(PARAM, message));
+    };
+    let [open, close] = parser.markers.map(|marker| app.tokenizer().token_to_id(marker));
+    let (Some(open), Some(close)) = (open, close) else {
+        let message = format!("{PARAM}: the model has no tokens for the beginning and the end of reasoning");
+        return Err(ApiError::invalid(PARAM, message));
+    };
+    let allowed = fields.allowed_token_ids.as_deref();
+    if allowed.is_some_and(|allowed| !allowed.contains(&i64::from(close))) {
+        let message = format!("{PARAM} needs token {close}, the end of reasoning, among the allowed_token_ids");
+        return Err(ApiError::invalid(PARAM, message));
+    }
+    Ok(Some(ThinkingBudget {
+        max_tokens,
+        open,
+        close,
+    }))
 }

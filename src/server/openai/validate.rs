@@ -118,10 +118,14 @@ fn check_beam_search(fields: &SamplingFields) -> Result<(), ApiError> {
             .response_format
             .as_ref()
             .is_some_and(|format| format.get("type").is_some_and(|kind| kind != "text"));
-    if fields.use_beam_search.unwrap_or(false) && constrained {
+    let budgeted = fields
+        .thinking_token_budget
+        .as_ref()
+        .is_some_and(|budget| *budget != -1);
+    if fields.use_beam_search.unwrap_or(false) && (constrained || budgeted) {
         return Err(ApiError::invalid(
             "use_beam_search",
-            "beam search cannot be constrained by response_format or structured_outputs",
+            "beam search cannot be constrained by response_format, structured_outputs or thinking_token_budget",
         ));
     }
     Ok(())
@@ -156,12 +160,10 @@ pub fn check_cache_salt(salt: &str) -> Result<(), ApiError> {
 
 /// Fields that vLLM honours and this server does not yet.
 fn check_unsupported(fields: &SamplingFields) -> Result<(), ApiError> {
-    let thinking_budget = fields.thinking_token_budget.as_ref().map(|budget| *budget != -1);
     let flags = [
         ("watermarking", fields.watermarking),
         ("return_weight_versions", fields.return_weight_versions),
         ("logprob_token_ids", fields.logprob_token_ids.as_ref().map(|_| true)),
-        ("thinking_token_budget", thinking_budget),
     ];
     if let Some((name, _)) = flags.into_iter().find(|(_, asked)| *asked == Some(true)) {
         return Err(fields::refused(name));
@@ -190,7 +192,10 @@ mod tests {
             (r#"{"cache_salt":"a/b"}"#, "cache_salt"),
             (r#"{"stop":["a","b","c","d","e"]}"#, "body.stop"),
             (r#"{"truncate_prompt_tokens":-2}"#, "body.truncate_prompt_tokens"),
-            (r#"{"thinking_token_budget":5}"#, "thinking_token_budget"),
+            (
+                r#"{"thinking_token_budget":5,"use_beam_search":true}"#,
+                "use_beam_search",
+            ),
             (r#"{"watermarking":true}"#, "watermarking"),
             (r#"{"logprob_token_ids":[1]}"#, "logprob_token_ids"),
             (r#"{"length_penalty":"inf"}"#, "length_penalty"),

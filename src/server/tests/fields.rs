@@ -29,7 +29,9 @@ fn chunks(reply: &Reply) -> Vec<Value> {
 
 #[tokio::test]
 async fn every_field_behaves_as_its_row_says() {
-    let server = trusting().start();
+    let mut setup = trusting();
+    setup.chat.reasoning_parser = ParserChoice::Named("qwen3".into());
+    let server = setup.start();
     let mut wrong = Vec::new();
     for example in fields::examples() {
         let reply = server.post(&example.route, &example.body.to_string()).await;
@@ -348,6 +350,64 @@ async fn ids_and_priorities_come_by_header_or_body() {
         .await;
     assert_eq!(reply.json()["id"], "chatcmpl-theirs");
     assert_eq!(reply.headers["x-request-id"], "theirs");
+}
+
+#[tokio::test]
+async fn a_thinking_budget_ends_reasoning() {
+    let mut setup = Setup::replying("<think>one two three four five six</think>Seven");
+    setup.chat.reasoning_parser = ParserChoice::Named("qwen3".into());
+    let server = setup.start();
+    let tokenized = server
+        .post(
+            "/tokenize",
+            r#"{"prompt":"<think></think>","add_special_tokens":false}"#,
+        )
+        .await
+        .json();
+    let (open, close) = (&tokenized["tokens"][0], &tokenized["tokens"][1]);
+    let free = server.post(CHAT, &ask(r#","return_token_ids":true"#)).await.json();
+    for budget in [0, 1, 3] {
+        let extra = format!(r#","thinking_token_budget":{budget},"return_token_ids":true"#);
+        let answer = server.post(CHAT, &ask(&extra)).await.json();
+        let choice = &answer["choices"][0];
+        let ids = choice["token_ids"].as_array().unwrap();
+        assert_eq!((&ids[0], &ids[budget + 1]), (open, close), "{ids:?}");
+        assert_eq!(
+            ids[..budget + 1],
+            free["choices"][0]["token_ids"].as_array().unwrap()[..budget + 1]
+        );
+        assert_eq!(answer["usage"]["completion_tokens_details"]["reasoning_tokens"], budget);
+        assert!(!choice["message"]["content"].as_str().unwrap().is_empty());
+        let streamed = server.post(CHAT, &ask(&format!(r#"{extra},"stream":true"#))).await;
+        let streamed: Vec<Value> = chunks(&streamed)
+            .iter()
+            .flat_map(|chunk| chunk["choices"][0]["token_ids"].as_array().cloned().unwrap_or_default())
+            .collect();
+        assert_eq!(streamed, *ids);
+        let body = format!(r#"{{"prompt":"a","max_tokens":50{extra}}}"#);
+        let completion = server.post(COMPLETIONS, &body).await.json();
+        assert_eq!(
+            completion["choices"][0]["token_ids"].as_array().unwrap()[budget + 1],
+            *close
+        );
+    }
+    // A budget that is not used up, and none.
+    for extra in [r#","thinking_token_budget":100"#, r#","thinking_token_budget":-1"#] {
+        let answer = server.post(CHAT, &ask(extra)).await.json();
+        assert_eq!(answer["choices"][0]["message"], free["choices"][0]["message"]);
+    }
+    let body = ask(&format!(r#","thinking_token_budget":1,"allowed_token_ids":[{open}]"#));
+    assert_eq!(
+        server.post(CHAT, &body).await.error(),
+        (400, "BadRequestError".into(), json!("thinking_token_budget"))
+    );
+    let without = Setup::default().start();
+    let reply = without.post(CHAT, &ask(r#","thinking_token_budget":1"#)).await;
+    assert!(
+        reply.status == 400 && reply.text.contains("--reasoning-parser"),
+        "{}",
+        reply.text
+    );
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! Sequences under a grammar, through the engine's thread, on the scripted executor.
 
 use super::*;
-use crate::engine::EngineRequest;
+use crate::engine::{EngineRequest, ThinkingBudget};
 use crate::grammar::{Constraint, GrammarCompiler, GrammarKind, GrammarSpec, Start, Vocabulary};
 
 /// Bytes are their own ids.
@@ -195,5 +195,46 @@ async fn a_sequence_that_cannot_go_on_fails_alone() {
         control.ignore_masks(false);
         let after = collect(engine.submit(constrained(&[1, 2, 3], digits())).unwrap()).await;
         assert_eq!(after.unwrap().0.len(), 7, "the engine goes on");
+    }
+}
+
+#[tokio::test]
+async fn a_thinking_budget_closes_the_reasoning_that_the_prompt_opened() {
+    let mut answers = Vec::new();
+    for (engine, _) in engines(|_, _| {}) {
+        let mut request = request(&[1, OPEN, 5], 20);
+        request.thinking_budget = Some(ThinkingBudget {
+            max_tokens: 5,
+            open: OPEN,
+            close: CLOSE,
+        });
+        let (tokens, finish) = collect(engine.submit(request).unwrap()).await.unwrap();
+        // One of the five is in the prompt; the executor's hashes may close it earlier.
+        let closed = tokens.iter().position(|&token| token == CLOSE);
+        assert!(closed.is_some_and(|at| at <= 4), "{tokens:?}");
+        assert_eq!((tokens.len(), finish), (20, FinishReason::Length));
+        answers.push(tokens);
+    }
+    assert_eq!(answers[0], answers[1], "planning ahead changes nothing");
+}
+
+#[tokio::test]
+async fn a_budget_that_cannot_be_kept_fails_its_request_alone() {
+    for (engine, control) in engines(|_, _| {}) {
+        control.ignore_masks(true);
+        let mut request = request(&[1, OPEN], 20);
+        request.thinking_budget = Some(ThinkingBudget {
+            max_tokens: 0,
+            open: OPEN,
+            close: CLOSE,
+        });
+        let error = collect(engine.submit(request).unwrap()).await.unwrap_err();
+        assert!(matches!(error, EngineError::Constraint(_)), "{error:?}");
+        control.ignore_masks(false);
+        assert!(
+            collect(engine.submit(super::request(&[1, 2], 3)).unwrap())
+                .await
+                .is_ok()
+        );
     }
 }

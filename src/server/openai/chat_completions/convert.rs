@@ -10,7 +10,7 @@ use super::types::ChatCompletionRequest;
 use crate::chat::{ChatRequest, RenderRequest, ToolChoice};
 use crate::server::App;
 use crate::server::error::ApiError;
-use crate::server::openai::convert::{EndpointSampling, RequestContext, generate_request, resolve};
+use crate::server::openai::convert::{EndpointSampling, RequestContext, generate_request, resolve, thinking_budget};
 use crate::server::openai::reply::ReplyOptions;
 use crate::server::openai::structured::grammar_spec;
 use crate::server::openai::tokenize::types::TokenizeRequest;
@@ -50,7 +50,8 @@ pub fn convert(
     let output_tokens = request.max_completion_tokens.or(fields.max_tokens).unwrap_or(0);
     let output_tokens = usize::try_from(output_tokens).unwrap_or(0);
     let truncation = truncation(fields, app.model.max_model_len, output_tokens)?;
-    let generate = generate_request(fields, resolved, Arc::from([]), &context, app);
+    let mut generate = generate_request(fields, resolved, Arc::from([]), &context, app);
+    generate.extensions.thinking_budget = thinking_budget(fields, app)?;
     let n = generate.n;
 
     let messages = request.messages.unwrap_or_default();

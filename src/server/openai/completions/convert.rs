@@ -7,7 +7,7 @@ use super::types::{CompletionRequest, Prompt};
 use crate::grammar::{Constraint, Grammar, Start};
 use crate::server::App;
 use crate::server::error::ApiError;
-use crate::server::openai::convert::{EndpointSampling, RequestContext, generate_request, resolve};
+use crate::server::openai::convert::{EndpointSampling, RequestContext, generate_request, resolve, thinking_budget};
 use crate::server::openai::reply::ReplyOptions;
 use crate::server::openai::truncate::truncation;
 use crate::step::TokenId;
@@ -53,6 +53,7 @@ pub fn convert(
     let truncation = truncation(fields, app.model.max_model_len, output_tokens)?;
     let add_special_tokens = request.add_special_tokens.unwrap_or(true);
     let mut options = ReplyOptions::new(fields, &app.config, false);
+    let thinking_budget = thinking_budget(fields, app)?;
     let constraint = grammar.map(|grammar| Constraint {
         grammar,
         start: Start::Now,
@@ -90,6 +91,7 @@ pub fn convert(
         let ids: Arc<[TokenId]> = ids.into();
         let mut request = generate_request(fields, resolved.clone(), ids.clone(), &context, app);
         request.extensions.constraint.clone_from(&constraint);
+        request.extensions.thinking_budget = thinking_budget;
         requests.push(request);
         echoed.push(EchoedPrompt { ids, text, first });
     }
