@@ -224,7 +224,8 @@ fn traces(endpoint: &str, env: &Environment) -> Result<TracesConfig, ConfigError
         name.make_ascii_lowercase();
     }
     let at_least_one = |name: &str, default: usize| -> Result<usize, ConfigError> {
-        Ok(env.parsed::<usize>(name)?.unwrap_or(default).max(1))
+        let given: Option<usize> = env.parsed(name)?;
+        Ok(given.unwrap_or(default).max(1))
     };
     Ok(TracesConfig {
         endpoint: endpoint.to_owned(),

@@ -32,8 +32,8 @@ pub fn received(config: RequestLogConfig, request: &GenerateRequest, max_tokens:
     }
     let sampling = &request.sampling;
     tracing::info!(
-        "Received request {}: params: SamplingParams(n={}, presence_penalty={}, frequency_penalty={}, repetition_penalty={}, \
-         temperature={}, top_p={}, top_k={}, min_p={}, seed={}, stop={:?}, stop_token_ids={:?}, bad_words={}, \
+        "Received request {}: params: SamplingParams(n={}, presence_penalty={:?}, frequency_penalty={:?}, repetition_penalty={:?}, \
+         temperature={:?}, top_p={:?}, top_k={}, min_p={:?}, seed={}, stop={:?}, stop_token_ids={:?}, bad_words={}, \
          include_stop_str_in_output={}, ignore_eos={}, max_tokens={max_tokens}, min_tokens={}, logprobs={}, \
          prompt_logprobs={}, skip_special_tokens={}, spaces_between_special_tokens={}), prompt tokens: {}, lora_request: None.",
         request.id,
@@ -49,15 +49,19 @@ pub fn received(config: RequestLogConfig, request: &GenerateRequest, max_tokens:
         request.stop,
         request.stop_token_ids,
         sampling.bad_words.len(),
-        request.include_stop_str_in_output,
-        request.ignore_eos,
+        python_bool(request.include_stop_str_in_output),
+        python_bool(request.ignore_eos),
         request.min_tokens,
         option(sampling.logprobs),
         option(sampling.prompt_logprobs),
-        request.skip_special_tokens,
-        request.spaces_between_special_tokens,
+        python_bool(request.skip_special_tokens),
+        python_bool(request.spaces_between_special_tokens),
         request.prompt.len(),
     );
+}
+
+fn python_bool(value: bool) -> &'static str {
+    if value { "True" } else { "False" }
 }
 
 fn option(value: Option<u32>) -> String {
