@@ -50,6 +50,9 @@ def test_a_closed_pipe_is_no_error():
     command = f"{RVLLM} serve --help=all | head -1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=30)
     assert result.stdout.startswith("usage: ") and result.stderr == ""
+    bench = "bench startup --model demo --device cpu --num-iters-cold 0 --num-iters-warmup 0 --num-iters-warm 1"
+    result = subprocess.run(f"{RVLLM} {bench} | head -1", shell=True, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "Measuring cold startup time...\n" and "panicked" not in result.stderr
 
 
 def test_collect_env_hides_secrets():

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::engine::{BatchTimes, Bench};
 use super::stats::{mean, percentile};
+use crate::commands::say;
 
 /// What vLLM reports.
 const PERCENTILES: [u32; 6] = [10, 25, 50, 75, 90, 99];
@@ -27,9 +28,9 @@ pub fn run(bench: &Bench, sequences: usize, warmup: usize, iterations: usize) ->
 
     let latencies: Vec<f64> = runs.iter().map(|run| run.all.as_secs_f64()).collect();
     let percentiles = PERCENTILES.map(|p| (p, percentile(&latencies, f64::from(p))));
-    println!("Avg latency: {} seconds", mean(&latencies));
+    say!("Avg latency: {} seconds", mean(&latencies));
     for (percent, seconds) in percentiles {
-        println!("{percent}% percentile latency: {seconds} seconds");
+        say!("{percent}% percentile latency: {seconds} seconds");
     }
     let mut result = json!({
         "avg_latency": mean(&latencies),
@@ -49,7 +50,7 @@ pub fn run(bench: &Bench, sequences: usize, warmup: usize, iterations: usize) ->
 fn prefill(bench: &Bench, sequences: usize, runs: &[BatchTimes], result: &mut Value) {
     let seconds = mean(&runs.iter().map(|run| run.first.as_secs_f64()).collect::<Vec<_>>());
     let (floor_s, by) = bench.prefill_floor(sequences);
-    println!(
+    say!(
         "Prefill: {sequences} x {} tokens in {:.2} ms, {:.0} tok/s; floor {:.2} ms ({by}): {:.0} % of it",
         bench.input_len,
         seconds * 1e3,
@@ -65,7 +66,7 @@ fn decode(bench: &Bench, sequences: usize, runs: &[BatchTimes], result: &mut Val
     let after_first: Vec<f64> = runs.iter().map(|run| (run.all - run.first).as_secs_f64()).collect();
     let step_s = mean(&after_first) / (bench.output_len - 1) as f64;
     let (floor_s, bytes) = bench.decode_floor(sequences);
-    println!(
+    say!(
         "Decode: {:.3} ms a step, {:.1} tok/s; floor {:.3} ms ({:.2} GB at the {:.2} GB/s read in this run): {:.0} % of it",
         step_s * 1e3,
         sequences as f64 / step_s,
@@ -88,7 +89,7 @@ fn host(bench: &Bench, elapsed: Duration, result: &mut Value) {
     let inside = submit_ns + times.collect_ns.load(Ordering::Relaxed);
     let engine_ms = (elapsed.as_secs_f64() - inside as f64 / 1e9).max(0.0) * 1e3 / steps;
     let submit_ms = submit_ns as f64 / 1e6 / steps;
-    println!("Host: {engine_ms:.3} ms a step outside the executor, {submit_ms:.3} ms in its submit");
+    say!("Host: {engine_ms:.3} ms a step outside the executor, {submit_ms:.3} ms in its submit");
     result["engine_ms_per_step"] = json!(engine_ms);
     result["submit_ms_per_step"] = json!(submit_ms);
 }
@@ -101,7 +102,7 @@ fn device(bench: &Bench, result: &mut Value) {
     };
     let per_step_ms = |seconds: f64| seconds * 1e3 / device.steps as f64;
     let (forward_ms, sample_ms) = (per_step_ms(device.forward_s), per_step_ms(device.sample_s));
-    println!("Device: {forward_ms:.3} ms a decode step in {launches} launches, {sample_ms:.3} ms in the sampler");
+    say!("Device: {forward_ms:.3} ms a decode step in {launches} launches, {sample_ms:.3} ms in the sampler");
     result["device_forward_ms"] = json!(forward_ms);
     result["device_sample_ms"] = json!(sample_ms);
     result["launches_per_step"] = json!(launches);

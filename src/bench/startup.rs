@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::stats::{mean, percentile};
 use super::write_json;
+use crate::commands::say;
 use crate::config::args::BenchStartupArgs;
 use crate::config::{Config, LoadFormat, ModelFiles};
 use crate::serve::Phases;
@@ -36,9 +37,9 @@ const LISTENING: &str = "Starting vLLM server on ";
 pub fn run(config: &Config, args: &BenchStartupArgs) -> anyhow::Result<ExitCode> {
     let weights = weight_files(config);
     let mut result = Map::new();
-    println!("Measuring cold startup time...");
+    say!("Measuring cold startup time...");
     if weights.is_empty() {
-        println!("The weights come from no file: cold starts are warm ones.");
+        say!("The weights come from no file: cold starts are warm ones.");
     }
     let cold = (0..args.num_iters_cold)
         .map(|_| {
@@ -46,42 +47,42 @@ pub fn run(config: &Config, args: &BenchStartupArgs) -> anyhow::Result<ExitCode>
             start_once(&args.serve_argv)
         })
         .collect::<anyhow::Result<Vec<Start>>>()?;
-    println!("Warming up for warm startup measurement...");
+    say!("Warming up for warm startup measurement...");
     for _ in 0..args.num_iters_warmup {
         start_once(&args.serve_argv)?;
     }
-    println!("Measuring warm startup time...");
+    say!("Measuring warm startup time...");
     let warm = (0..args.num_iters_warm)
         .map(|_| start_once(&args.serve_argv))
         .collect::<anyhow::Result<Vec<Start>>>()?;
 
     let bar = "=".repeat(60);
-    println!("\n{bar}\nSTARTUP TIME BENCHMARK RESULTS\n{bar}");
+    say!("\n{bar}\nSTARTUP TIME BENCHMARK RESULTS\n{bar}");
     for (name, key, starts) in [("COLD STARTUP", "cold", &cold), ("WARM STARTUP", "warm", &warm)] {
         if !starts.is_empty() {
             report(name, key, starts, &mut result);
         }
     }
-    println!("{bar}");
+    say!("{bar}");
     write_json(args.output_json.as_deref(), &Value::Object(result))?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn report(name: &str, key: &str, starts: &[Start], result: &mut Map<String, Value>) {
     let totals: Vec<f64> = starts.iter().map(|start| start.ready_s).collect();
-    println!("\n{name}:\nAvg startup time: {:.2} seconds", mean(&totals));
-    println!("Startup time percentiles:");
+    say!("\n{name}:\nAvg startup time: {:.2} seconds", mean(&totals));
+    say!("Startup time percentiles:");
     let mut percentiles = Map::new();
     for p in PERCENTILES {
         let value = percentile(&totals, f64::from(p));
-        println!("  {p}%: {value:.2} seconds");
+        say!("  {p}%: {value:.2} seconds");
         percentiles.insert(p.to_string(), json!(value));
     }
-    println!("Phases (average):");
+    say!("Phases (average):");
     let mut phases = Map::new();
     for (i, (phase, _)) in starts[0].phases.iter().enumerate() {
         let seconds: Vec<f64> = starts.iter().filter_map(|start| Some(start.phases.get(i)?.1)).collect();
-        println!("  {phase:<24} {:>9.4} seconds", mean(&seconds));
+        say!("  {phase:<24} {:>9.4} seconds", mean(&seconds));
         phases.insert(phase.clone(), json!(mean(&seconds)));
     }
     result.insert(format!("avg_{key}_startup_time"), json!(mean(&totals)));

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::engine::Bench;
+use crate::commands::say;
 
 /// Times `sequences` requests that are submitted together.
 ///
@@ -12,14 +13,14 @@ pub fn run(bench: &Bench, sequences: usize) -> anyhow::Result<Value> {
     let elapsed = bench.batch(sequences, 0)?.all.as_secs_f64();
     let (input, output) = (sequences * bench.input_len, sequences * bench.output_len);
     let per_s = |count: usize| count as f64 / elapsed;
-    println!(
+    say!(
         "Throughput: {:.2} requests/s, {:.2} total tokens/s, {:.2} output tokens/s",
         per_s(sequences),
         per_s(input + output),
         per_s(output)
     );
-    println!("Total num prompt tokens:  {input}");
-    println!("Total num output tokens:  {output}");
+    say!("Total num prompt tokens:  {input}");
+    say!("Total num output tokens:  {output}");
     let mut result = json!({
         "elapsed_time": elapsed,
         "num_requests": sequences,
@@ -33,7 +34,7 @@ pub fn run(bench: &Bench, sequences: usize) -> anyhow::Result<Value> {
         let (prefill_s, by) = bench.prefill_floor(sequences);
         let (step_s, _) = bench.decode_floor(sequences);
         let floor_s = prefill_s + step_s * bench.output_len.saturating_sub(1) as f64;
-        println!(
+        say!(
             "Floor: {floor_s:.3} s (prefill {prefill_s:.3} s: {by}; a decode step of all {:.3} ms): {:.0} % of it",
             step_s * 1e3,
             floor_s / elapsed * 100.0

@@ -1,6 +1,6 @@
 //! `--help` and its filters, laid out as argparse does.
 
-use super::table::{Command, Flag, FlagSet, Kind, Nargs, Verdict};
+use super::table::{Command, Flag, FlagSet, Kind, LegacyFlag, Nargs, TABLE, Takes, Verdict};
 
 /// Column at which texts start.
 const TEXT_COLUMN: usize = 24;
@@ -53,6 +53,10 @@ pub fn render(set: &FlagSet, filter: &str) -> Result<String, String> {
             out += &format!("  {group:<26}{count:>3} flags\n");
         }
         out += &format!(
+            "  {OWN:<26}{:>3} flags that vLLM does not have\n",
+            own_flags(set).count()
+        );
+        out += &format!(
             "\nFor more:\n  rvllm {path} --help=all\n  rvllm {path} --help=ModelConfig     a group\n  \
              rvllm {path} --help=max-model-len   a flag, or a part of one\n"
         );
@@ -71,10 +75,43 @@ pub fn render(set: &FlagSet, filter: &str) -> Result<String, String> {
             flags.iter().for_each(|flag| out += &entry(flag));
         }
     }
+    let own: Vec<&LegacyFlag> = own_flags(set)
+        .filter(|flag| match group {
+            Some(_) => false,
+            None => filter.eq_ignore_ascii_case(OWN) || wanted == "all" || flag.flag.contains(&wanted),
+        })
+        .collect();
+    if !own.is_empty() {
+        out += &format!("\n{OWN}:\n");
+        own.iter().for_each(|flag| out += &own_entry(flag));
+    }
     if out.lines().count() == 1 {
         return Err(format!("no group and no flag matches --help={filter}; try --help=all"));
     }
     Ok(out)
+}
+
+/// Group of the flags that vLLM does not have.
+const OWN: &str = "rvllm";
+
+/// Honoured flags that are not in vLLM's parser; `--dry-run` and its companion are for `serve` alone.
+fn own_flags(set: &FlagSet) -> impl Iterator<Item = &'static LegacyFlag> + use<> {
+    let command = set.command;
+    TABLE.legacy.iter().filter(move |flag| {
+        let is_for = command == Command::Serve || command.runs_engine() && !flag.flag.starts_with("--dry-run");
+        flag.here == Verdict::Honoured && is_for
+    })
+}
+
+fn own_entry(flag: &LegacyFlag) -> String {
+    let value = match flag.takes {
+        Takes::None => "",
+        Takes::One => " VALUE",
+        Takes::Optional => " [VALUE]",
+        Takes::Explicit => "[=VALUE]",
+        Takes::Many => " VALUE [...]",
+    };
+    format!("  {}{value}\n{}", flag.flag, wrapped(&flag.text))
 }
 
 fn entry(flag: &Flag) -> String {
@@ -107,7 +144,12 @@ fn entry(flag: &Flag) -> String {
         format!(" (default: {})", flag.default)
     };
     let text = format!("{verdict}{}{default}", flag.text);
-    let mut out = format!("  {}{metavar}\n", flag.flags.join(", "));
+    format!("  {}{metavar}\n{}", flag.flags.join(", "), wrapped(&text))
+}
+
+/// A text in its column, broken into lines.
+fn wrapped(text: &str) -> String {
+    let mut out = String::new();
     let mut line = " ".repeat(TEXT_COLUMN - 1);
     for word in text.split_whitespace() {
         if line.len() + 1 + word.len() > WIDTH {

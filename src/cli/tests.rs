@@ -511,6 +511,12 @@ fn help_can_be_filtered() {
     assert!(group.contains("--max-num-seqs") && !group.contains("--port"));
     let flag = help(&["serve", "--help=max_model"]);
     assert!(flag.contains("--max-model-len") && !flag.contains("--port"));
+    let own = help(&["serve", "--help=rvllm"]);
+    assert!(own.contains("--dry-run[=VALUE]") && own.contains("--device VALUE") && !own.contains("--port"));
+    assert!(all.contains("--dry-run-device-memory") && help(&["serve", "--help=dry-run"]).contains("memory plan"));
+    assert!(help(&["serve", "--help"]).contains("\n  rvllm  "));
+    let latency = help(&["bench", "latency", "--help=all"]);
+    assert!(latency.contains("--device") && latency.contains("--batch-size") && !latency.contains("--dry-run"));
     assert!(usage_error(&["--help=nothing-like-it"]).contains("no group and no flag"));
     assert_eq!(help(&["--version"]).trim(), env!("CARGO_PKG_VERSION"));
     assert_eq!(help(&[]), help(&["--help"]));

@@ -20,6 +20,7 @@ use anyhow::{Context, bail};
 use uuid::Uuid;
 
 use crate::client::Client;
+use crate::commands::say;
 use crate::commands::talk::first_model;
 use crate::config::args::BenchServeArgs;
 use crate::config::environment::Environment;
@@ -49,9 +50,9 @@ async fn measure(args: &BenchServeArgs, env: &Environment) -> anyhow::Result<Exi
             model.clone(),
         ),
         None => {
-            println!("Model not specified, fetching first model from server...");
+            say!("Model not specified, fetching first model from server...");
             let (id, root) = first_model(&client, &format!("{}/v1", args.base_url)).await?;
-            println!("First model name: {id}, first model id: {root}");
+            say!("First model name: {id}, first model id: {root}");
             (id, root)
         }
     };
@@ -68,12 +69,12 @@ async fn measure(args: &BenchServeArgs, env: &Environment) -> anyhow::Result<Exi
     };
     wait_until_ready(&load, args.ready_check_timeout_s).await?;
     if args.num_warmups > 0 {
-        println!("Warming up with {} requests...", args.num_warmups);
+        say!("Warming up with {} requests...", args.num_warmups);
         load.warm_up(args.num_warmups).await;
-        println!("Warmup run completed.");
+        say!("Warmup run completed.");
     }
 
-    println!("Starting main benchmark run...");
+    say!("Starting main benchmark run...");
     report::announce(args);
     let run = load.run().await;
     let metrics = Metrics::new(&run, &args.result);
@@ -90,15 +91,15 @@ async fn measure(args: &BenchServeArgs, env: &Environment) -> anyhow::Result<Exi
 
 async fn wait_until_ready(load: &Load, timeout_s: u64) -> anyhow::Result<()> {
     if timeout_s == 0 {
-        println!("Skipping endpoint ready check.");
+        say!("Skipping endpoint ready check.");
         return Ok(());
     }
-    println!("Starting initial single prompt test run...");
+    say!("Starting initial single prompt test run...");
     let end = Instant::now() + Duration::from_secs(timeout_s);
     loop {
         match load.try_first().await {
             None => {
-                println!("Initial test run completed.");
+                say!("Initial test run completed.");
                 return Ok(());
             }
             Some(error) if Instant::now() >= end => bail!("the server is not ready after {timeout_s} s: {error}"),

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use super::floor::Floor;
 use super::load::Run;
 use super::metrics::Metrics;
+use crate::commands::{print as print_text, say};
 use crate::config::args::BenchServeArgs;
 
 /// Failures that are printed.
@@ -23,22 +24,23 @@ pub fn announce(args: &BenchServeArgs) {
     match &arrivals.ramp {
         Some(ramp) => {
             let strategy = if ramp.exponential { "exponential" } else { "linear" };
-            println!("Traffic ramp-up strategy: {strategy}.");
-            println!(
+            say!("Traffic ramp-up strategy: {strategy}.");
+            say!(
                 "Will increase RPS from {} to {} RPS over the duration of the benchmark.",
-                ramp.start_rps, ramp.end_rps
+                ramp.start_rps,
+                ramp.end_rps
             );
         }
-        None => println!("Traffic request rate: {}", rate(arrivals.rate)),
+        None => say!("Traffic request rate: {}", rate(arrivals.rate)),
     }
     let distribution = if arrivals.burstiness == 1.0 {
         "Poisson process"
     } else {
         "Gamma distribution"
     };
-    println!("Burstiness factor: {} ({distribution})", arrivals.burstiness);
+    say!("Burstiness factor: {} ({distribution})", arrivals.burstiness);
     let concurrency = args.max_concurrency.map_or("None".to_owned(), |n| n.to_string());
-    println!("Maximum request concurrency: {concurrency}");
+    say!("Maximum request concurrency: {concurrency}");
 }
 
 fn rate(rate: Option<f64>) -> String {
@@ -47,7 +49,7 @@ fn rate(rate: Option<f64>) -> String {
 
 /// Prints the failures and the table.
 pub fn print(args: &BenchServeArgs, metrics: &Metrics, floor: Option<&Floor>) {
-    print!("{}", table(args, metrics, floor));
+    print_text(&table(args, metrics, floor));
 }
 
 /// Prints up to [`MAX_ERRORS`] failures.
