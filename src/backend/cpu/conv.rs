@@ -2,7 +2,7 @@
 
 use super::pool::{Pool, Shards};
 use super::simd::{self, Bf16, Element, F16, Isa};
-use crate::backend::{BatchLayout, DType};
+use crate::backend::{BatchLayout, DType, PADDING_SLOT};
 
 /// Channels per task.
 const CHANNELS: usize = 256;
@@ -83,11 +83,12 @@ pub fn short_conv(
     pool.run(batch.num_rows() * chunks, |task, _| {
         let (row, c0) = (task / chunks, task % chunks * CHANNELS);
         let n = (hidden - c0).min(CHANNELS);
+        let is_padding = batch.slots[row] == PADDING_SLOT;
         let slot = batch.slots[row] as usize;
         let past = |k: usize| (slot * history + k) * hidden + c0;
         // The last L columns of z in a ring; the oldest is overwritten by each new token.
         let mut ring = [[0.0f32; CHANNELS]; MAX_TAPS];
-        if !batch.reset_conv[row] {
+        if !batch.reset_conv[row] && !is_padding {
             for (k, z) in ring.iter_mut().take(history).enumerate() {
                 // SAFETY: a slot is in at most one row, and a chunk belongs to one task.
                 z[..n].copy_from_slice(unsafe { states.slice(past(k), n) });
@@ -115,6 +116,9 @@ pub fn short_conv(
             }
             scale(isa, part(1), y);
             newest = (newest + 1) % (history + 1);
+        }
+        if is_padding {
+            return;
         }
         for k in 0..history {
             // SAFETY: as above.

@@ -23,8 +23,8 @@ use self::buffer::Buffer;
 use self::linear::OperandScratch;
 use self::pool::Pool;
 use super::{
-    AttentionShape, Backend, BackendError, BatchLayout, DType, HostTensor, Result, RouteShape, SampleRequest,
-    ScoreRequest,
+    AttentionShape, Backend, BackendError, BatchLayout, DType, HostTensor, PADDING_SLOT, Result, RouteShape,
+    SampleRequest, ScoreRequest,
 };
 use crate::step::{SampledToken, StartedSlot, TokenLogprobs};
 
@@ -469,8 +469,8 @@ impl Backend for CpuBackend {
             ));
         }
         let bias = bias.map(|bias| bias.vector(OP, hidden)).transpose()?;
-        let slots = &batch.layout.slots;
-        if let Some(slot) = slots.iter().find(|&&slot| slot as usize >= state.slots) {
+        let mut slots = batch.layout.slots.iter();
+        if let Some(slot) = slots.find(|&&slot| slot != PADDING_SLOT && slot as usize >= state.slots) {
             return Err(fail(OP, format!("slot {slot} of {}", state.slots)));
         }
         let dtype = self.activation_dtype;
