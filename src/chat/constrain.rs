@@ -3,9 +3,10 @@
 use serde_json::{Map, Value, json};
 
 use super::ToolChoice;
-use crate::grammar::{GrammarKind, GrammarOptions, GrammarSpec, Start};
-use crate::parsers::reasoning::{Beginning, Prompt};
+use crate::grammar::{GrammarKind, GrammarOptions, GrammarSpec, Reasoning, Start};
+use crate::parsers::reasoning::{Beginning, Prompt, SpecialToken};
 use crate::parsers::{ForcedCalls, Parsers};
+use crate::step::TokenId;
 use crate::text::Tokenizer;
 
 impl ToolChoice {
@@ -92,19 +93,49 @@ fn move_references(schema: &mut Value, place: &str) {
     }
 }
 
+/// Who makes the calls of a turn under a grammar.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Calls {
+    /// Nobody: there are none.
+    None,
+    /// The model, in place of the constrained output.
+    Model,
+    /// The grammar.
+    Grammar,
+}
+
 /// Where the grammar of a turn begins: behind the reasoning, where there is some.
-pub(super) fn start(parsers: Parsers, prompt: &Prompt<'_>, tokenizer: &Tokenizer) -> Start {
+pub(super) fn start(parsers: Parsers, prompt: &Prompt<'_>, calls: Calls, tokenizer: &Tokenizer) -> Start {
     let lookup = |token: &str| tokenizer.token_to_id(token);
     let (Some(entry), beginning) = (parsers.reasoning, parsers.beginning(prompt, &lookup)) else {
         return Start::Now;
     };
     let [open, close] = entry.markers;
-    let close = tokenizer.encode(close, false).unwrap_or_default().into();
+    let marker = |which: usize| parsers.tool.and_then(|tool| lookup(tool.markers[which]));
+    let reasoning = Reasoning {
+        close: tokenizer.encode(close, false).unwrap_or_default().into(),
+        call: marker(0).filter(|_| calls == Calls::Grammar),
+        call_end: marker(1).filter(|_| calls == Calls::Model),
+    };
     match (beginning, lookup(open)) {
-        (Beginning::Reasoning, _) => Start::AfterReasoning { close },
-        (Beginning::Undecided, Some(open)) => Start::MayReason { open, close },
+        (Beginning::Reasoning, _) => Start::AfterReasoning(reasoning),
+        (Beginning::Undecided, Some(open)) => Start::MayReason { open, reasoning },
         (Beginning::Undecided, None) | (Beginning::Content, _) => Start::Now,
     }
+}
+
+/// The tokens that end reasoning because the grammar begins behind them, for who reads the text.
+pub(super) fn also_end(start: &Start, eos: impl Iterator<Item = TokenId>, tokenizer: &Tokenizer) -> Vec<SpecialToken> {
+    let reasoning = match start {
+        Start::Now => return Vec::new(),
+        Start::AfterReasoning(reasoning) | Start::MayReason { reasoning, .. } => reasoning,
+    };
+    let token = |id| SpecialToken {
+        id,
+        text: String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned(),
+    };
+    let tokens = eos.chain(reasoning.call).map(token);
+    tokens.filter(|token| token.text.starts_with('<')).collect()
 }
 
 #[cfg(test)]

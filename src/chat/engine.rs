@@ -6,9 +6,10 @@ use futures_util::stream::{BoxStream, StreamExt};
 use serde_json::{Map, Value};
 use tokio::sync::Semaphore;
 
+use super::constrain::{self, Calls};
 use super::messages::for_template;
 use super::template::{ChatTemplate, TemplateError, TemplateInput};
-use super::{ChatEvent, ChatRequest, ChoiceParsers, ToolChoice, constrain, events};
+use super::{ChatEvent, ChatRequest, ChoiceParsers, ToolChoice, events};
 use crate::config::StructuredOutputsConfig;
 use crate::grammar::{Constraint, GrammarOptions, Start};
 use crate::parsers::reasoning::Prompt;
@@ -225,18 +226,29 @@ impl ChatEngine {
             text: &prompt.text,
             token_ids: &prompt.token_ids,
             enable_thinking,
+            also_end: &[],
         };
-        generate.extensions.constraint = grammar.map(|grammar| Constraint {
-            grammar,
-            start: match self.shared.constrain_reasoning {
-                true => Start::Now,
-                false => constrain::start(parsers, &turn_prompt, tokenizer),
-            },
-        });
+        let calls = match (forced, parse_tools) {
+            (Some(_), _) => Calls::Grammar,
+            (None, true) => Calls::Model,
+            (None, false) => Calls::None,
+        };
+        let start = match self.shared.constrain_reasoning {
+            true => Start::Now,
+            false => constrain::start(parsers, &turn_prompt, calls, tokenizer),
+        };
+        let also_end = match grammar {
+            Some(_) => constrain::also_end(&start, self.shared.text.eos_token_ids(), tokenizer),
+            None => Vec::new(),
+        };
+        generate.extensions.constraint = grammar.map(|grammar| Constraint { grammar, start });
         let n = generate.n;
         let deltas = self.shared.text.generate(generate)?;
         let turn = Turn {
-            prompt: turn_prompt,
+            prompt: Prompt {
+                also_end: &also_end,
+                ..turn_prompt
+            },
             parse_tools,
             forced,
             parallel_tool_calls: request.parallel_tool_calls,

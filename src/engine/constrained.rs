@@ -93,15 +93,22 @@ impl Constrained {
     /// The sequence cannot go on.
     pub fn push(&mut self, token: TokenId) -> Result<(), Violation> {
         self.num_tokens += 1;
+        if self.forced().is_some_and(|forced| forced != token) {
+            let message =
+                "the other sampling parameters forbid the end of reasoning that thinking_token_budget asks for";
+            return Err(Violation(message.to_owned()));
+        }
         if let Some(thinking) = &mut self.thinking {
-            if thinking.forced().is_some_and(|forced| forced != token) {
-                let message =
-                    "the other sampling parameters forbid the end of reasoning that thinking_token_budget asks for";
-                return Err(Violation(message.to_owned()));
-            }
             thinking.push(token);
         }
         self.grammar.as_mut().map_or(Ok(()), |grammar| grammar.push(token))
+    }
+
+    /// What the thinking budget leaves; nothing is forced once a grammar has begun.
+    fn forced(&self) -> Option<TokenId> {
+        let thinking = self.thinking.as_ref()?;
+        let may_reason = self.grammar.as_ref().is_none_or(ConstraintState::is_waiting);
+        thinking.forced().filter(|_| may_reason)
     }
 
     /// The output is whole: the sequence ends, whatever its stop conditions say.
@@ -117,7 +124,7 @@ impl Constrained {
     /// # Errors
     /// The sequence cannot go on.
     pub fn mask(&mut self) -> Result<TokenMask, Violation> {
-        if let Some(forced) = self.thinking.as_ref().and_then(ThinkingState::forced) {
+        if let Some(forced) = self.forced() {
             return Ok(only(forced, self.any_token.0.len()));
         }
         let Some(grammar) = &mut self.grammar else {

@@ -26,10 +26,21 @@ impl PartialEq for Constraint {
 pub enum Start {
     /// With the first token.
     Now,
-    /// After the tokens that close the reasoning in which the output begins.
-    AfterReasoning { close: Arc<[u32]> },
-    /// With the first token, unless that opens reasoning; then after its end.
-    MayReason { open: u32, close: Arc<[u32]> },
+    /// After the reasoning in which the output begins.
+    AfterReasoning(Reasoning),
+    /// With the first token, unless that opens reasoning; then after it.
+    MayReason { open: u32, reasoning: Reasoning },
+}
+
+/// What ends the reasoning before a grammar, beside EOS: a model that would end its turn there has not answered yet.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reasoning {
+    /// These tokens, one after the other.
+    pub close: Arc<[u32]>,
+    /// This one: it begins a call in the model's own notation where the grammar makes calls. It may also come first.
+    pub call: Option<u32>,
+    /// Ends a call that the model may make instead of the constrained output: after it EOS ends the turn.
+    pub call_end: Option<u32>,
 }
 
 /// The sequence cannot go on under its grammar: a limit was reached, or the sampler was made to choose outside the mask.
@@ -50,16 +61,39 @@ enum Phase {
     /// Nothing sampled yet, and the first token may open reasoning.
     Undecided {
         open: u32,
-        close: Arc<[u32]>,
+        reasoning: Reasoning,
     },
-    /// The last tokens, as many as `close` has.
-    Reasoning {
-        close: Arc<[u32]>,
-        last: Vec<u32>,
-    },
+    Reasoning(InReasoning),
     Grammar,
-    /// EOS came where the grammar allows it.
+    /// EOS came where it may.
     Complete,
+}
+
+struct InReasoning {
+    ends: Reasoning,
+    /// The last tokens, as many as `ends.close` has.
+    last: Vec<u32>,
+    has_called: bool,
+}
+
+impl InReasoning {
+    fn new(ends: Reasoning) -> Phase {
+        Phase::Reasoning(Self {
+            ends,
+            last: Vec::new(),
+            has_called: false,
+        })
+    }
+
+    /// Whether the token closes it.
+    fn push(&mut self, token: u32) -> bool {
+        self.last.push(token);
+        if self.last.len() > self.ends.close.len() {
+            self.last.remove(0);
+        }
+        self.has_called |= self.ends.call_end == Some(token);
+        self.last[..] == self.ends.close[..] || self.ends.call == Some(token)
+    }
 }
 
 impl ConstraintState {
@@ -70,13 +104,10 @@ impl ConstraintState {
             guard: grammar.guard(),
             phase: match &constraint.start {
                 Start::Now => Phase::Grammar,
-                Start::AfterReasoning { close } => Phase::Reasoning {
-                    close: close.clone(),
-                    last: Vec::new(),
-                },
-                Start::MayReason { open, close } => Phase::Undecided {
+                Start::AfterReasoning(reasoning) => InReasoning::new(reasoning.clone()),
+                Start::MayReason { open, reasoning } => Phase::Undecided {
                     open: *open,
-                    close: close.clone(),
+                    reasoning: reasoning.clone(),
                 },
             },
             grammar,
@@ -88,29 +119,31 @@ impl ConstraintState {
         matches!(self.phase, Phase::Complete)
     }
 
+    /// The grammar has not begun.
+    pub fn is_waiting(&self) -> bool {
+        matches!(self.phase, Phase::Undecided { .. } | Phase::Reasoning(_))
+    }
+
     /// Takes over a sampled token.
     ///
     /// # Errors
     /// The grammar does not allow it, or following it took more than the limits allow.
     pub fn push(&mut self, token: u32) -> Result<(), Violation> {
         match &mut self.phase {
-            Phase::Undecided { open, close } if *open == token => {
-                self.phase = Phase::Reasoning {
-                    close: close.clone(),
-                    last: Vec::new(),
-                };
+            Phase::Undecided { open, reasoning } if *open == token => {
+                self.phase = InReasoning::new(std::mem::take(reasoning));
                 Ok(())
             }
-            Phase::Undecided { .. } => {
+            Phase::Undecided { reasoning, .. } => {
+                let is_call = reasoning.call == Some(token);
                 self.phase = Phase::Grammar;
-                self.consume(token)
+                if is_call { Ok(()) } else { self.consume(token) }
             }
-            Phase::Reasoning { close, last } => {
-                if last.len() == close.len() {
-                    last.remove(0);
-                }
-                last.push(token);
-                if last[..] == close[..] {
+            Phase::Reasoning(reasoning) => {
+                let is_eos = self.grammar.is_eos(token);
+                if is_eos && reasoning.has_called {
+                    self.phase = Phase::Complete;
+                } else if reasoning.push(token) || is_eos {
                     self.phase = Phase::Grammar;
                 }
                 Ok(())
@@ -137,7 +170,7 @@ impl ConstraintState {
     /// # Errors
     /// Computing it took more than the limits allow.
     pub fn mask(&mut self) -> Result<Arc<[u32]>, Violation> {
-        if matches!(self.phase, Phase::Reasoning { .. } | Phase::Complete) {
+        if matches!(self.phase, Phase::Reasoning(_) | Phase::Complete) {
             return Ok(self.grammar.anything());
         }
         let bits = self.matcher.compute_mask_or_eos().map_err(|error| self.fail(&error))?;
@@ -146,10 +179,12 @@ impl ConstraintState {
             if let Some(guard) = &self.guard {
                 guard.restrict(words);
             }
-            if let Phase::Undecided { open, .. } = self.phase
-                && let Some(word) = words.get_mut(open as usize / 32)
-            {
-                *word |= 1 << (open % 32);
+            if let Phase::Undecided { open, reasoning } = &self.phase {
+                for token in [Some(*open), reasoning.call].into_iter().flatten() {
+                    if let Some(word) = words.get_mut(token as usize / 32) {
+                        *word |= 1 << (token % 32);
+                    }
+                }
             }
         }
         Ok(mask)

@@ -21,7 +21,7 @@ mod vocabulary;
 use serde_json::Value;
 
 pub use compiler::{Grammar, GrammarCompiler};
-pub use constraint::{Constraint, ConstraintState, Start, Violation};
+pub use constraint::{Constraint, ConstraintState, Reasoning, Start, Violation};
 pub use vocabulary::Vocabulary;
 
 /// What output must look like.

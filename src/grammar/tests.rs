@@ -424,7 +424,11 @@ fn reasoning_comes_first_where_there_is_some() {
             start,
         })
     };
-    let mut after = state(Start::AfterReasoning { close: [CLOSE].into() });
+    let closed_by = |close: &[u32]| Reasoning {
+        close: close.into(),
+        ..Reasoning::default()
+    };
+    let mut after = state(Start::AfterReasoning(closed_by(&[CLOSE])));
     for token in [u32::from(b'z'), u32::from(b'q'), CLOSE] {
         assert!(allows(&after.mask().unwrap(), u32::from(b'z')));
         after.push(token).unwrap();
@@ -434,7 +438,7 @@ fn reasoning_comes_first_where_there_is_some() {
     let may = || {
         state(Start::MayReason {
             open: OPEN,
-            close: [u32::from(b'<'), u32::from(b'/')].into(),
+            reasoning: closed_by(&[u32::from(b'<'), u32::from(b'/')]),
         })
     };
     let mut reasons = may();
@@ -447,6 +451,51 @@ fn reasoning_comes_first_where_there_is_some() {
     let mut answers = may();
     answers.push(u32::from(b'a')).unwrap();
     assert!(!allows(&answers.mask().unwrap(), OPEN) && allows(&answers.mask().unwrap(), u32::from(b'b')));
+}
+
+#[test]
+fn reasoning_also_ends_with_the_turn_or_with_a_forced_call() {
+    const CALL: u32 = b'!' as u32;
+    let grammar = compile(GrammarKind::Choice(vec!["ab".into()])).unwrap();
+    let state = |start: &Start, tokens: &[u32]| {
+        let mut state = ConstraintState::new(&Constraint {
+            grammar: grammar.clone(),
+            start: start.clone(),
+        });
+        tokens.iter().for_each(|&token| state.push(token).unwrap());
+        state
+    };
+    let begins = |mut state: ConstraintState| {
+        let mask = state.mask().unwrap();
+        !state.is_waiting() && allows(&mask, u32::from(b'a')) && !allows(&mask, u32::from(b'z'))
+    };
+    let reasoning = Reasoning {
+        close: [CLOSE].into(),
+        ..Reasoning::default()
+    };
+    let after = Start::AfterReasoning(reasoning.clone());
+    assert!(state(&after, &[OPEN, CALL]).is_waiting());
+    assert!(begins(state(&after, &[OPEN, CALL, EOS])));
+
+    let forced = Reasoning {
+        call: Some(CALL),
+        ..reasoning.clone()
+    };
+    assert!(begins(state(&Start::AfterReasoning(forced.clone()), &[OPEN, CALL])));
+    let may = Start::MayReason {
+        open: OPEN,
+        reasoning: forced,
+    };
+    assert!(allows(&state(&may, &[]).mask().unwrap(), CALL) && begins(state(&may, &[CALL])));
+    assert!(begins(state(&may, &[OPEN, CALL])));
+
+    let of_the_model = Start::AfterReasoning(Reasoning {
+        call_end: Some(CALL),
+        ..reasoning
+    });
+    assert!(begins(state(&of_the_model, &[OPEN, EOS])));
+    assert!(state(&of_the_model, &[CALL, OPEN, EOS]).is_complete(), "it has called");
+    assert!(begins(state(&of_the_model, &[CALL, CLOSE])));
 }
 
 #[test]

@@ -198,6 +198,7 @@ pub(crate) fn parser(group: &str, case: &Value) -> AssistantParser {
             text: prompt,
             token_ids: &ids(prompt),
             enable_thinking: flag("/chat_template_kwargs/enable_thinking"),
+            also_end: &[],
         },
         parse_tools: !no_tools && !none,
         forced: None,
@@ -441,6 +442,7 @@ fn every_cut_gives_the_same_without_marker_tokens() {
                 text: case["prompt_tail"].as_str().unwrap_or("<|im_start|>assistant\n"),
                 token_ids: &[],
                 enable_thinking: case.pointer("/chat_template_kwargs/enable_thinking") != Some(&json!(false)),
+                also_end: &[],
             };
             let tools = replay
                 .parser

@@ -19,7 +19,7 @@ use crate::config::observability::RequestLogConfig;
 use crate::engine::{
     ChoiceGroup, EngineHandle, EngineRequest, FinishReason, SequenceEvent, SequenceStream, StopConditions,
 };
-use crate::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSpec, Vocabulary};
+use crate::grammar::{Grammar, GrammarCompiler, GrammarError, GrammarSpec, Start, Vocabulary};
 use crate::step::TokenId;
 
 /// Grammars compiled at a time; more wait, this long.
@@ -167,10 +167,16 @@ impl TextEngine {
         Ok(work.await.unwrap_or(Err(GrammarError::Busy))?)
     }
 
+    /// The tokens that end a turn, the primary one first.
+    pub fn eos_token_ids(&self) -> impl Iterator<Item = TokenId> + '_ {
+        let limits = &self.shared.limits;
+        limits.eos.iter().chain(&limits.extra_eos).copied()
+    }
+
     fn grammars(&self) -> Result<&GrammarCompiler, GrammarError> {
         let Shared { tokenizer, limits, .. } = &*self.shared;
         let compiler = self.shared.grammars.get_or_init(|| {
-            let eos: Vec<TokenId> = limits.eos.iter().chain(&limits.extra_eos).copied().collect();
+            let eos: Vec<TokenId> = self.eos_token_ids().collect();
             GrammarCompiler::new(&Vocabulary::new(limits.vocab_size, &eos, |id| {
                 (tokenizer.token_bytes(id), tokenizer.is_added(id))
             }))
@@ -241,9 +247,12 @@ impl TextEngine {
             )?)));
         }
         let limits = &self.shared.limits;
-        let eos = limits.eos.filter(|_| !request.ignore_eos);
+        // Where EOS is the end of reasoning and not of the turn, the constraint knows.
+        let constraint = &request.extensions.constraint;
+        let ignore_eos = request.ignore_eos || constraint.as_ref().is_some_and(|c| c.start != Start::Now);
+        let eos = limits.eos.filter(|_| !ignore_eos);
         let mut stop_token_ids = request.stop_token_ids.clone();
-        if !request.ignore_eos {
+        if !ignore_eos {
             stop_token_ids.extend(limits.extra_eos.iter().filter(|&&id| Some(id) != eos));
         }
         let mut sampling = request.sampling.clone();

@@ -14,6 +14,7 @@ fn parser(thinking: bool, tools: bool) -> AssistantParser {
         text: "<|im_start|>assistant\n",
         token_ids: &[],
         enable_thinking: thinking,
+        also_end: &[],
     };
     let reasoning = (reasoning::find("qwen3").unwrap().new)(&prompt, &|_| None);
     let tool = tool::find("lfm2", &|_| Some(0)).unwrap();
@@ -154,6 +155,7 @@ fn a_marker_that_is_a_token_counts_only_as_that_token() {
         text: "",
         token_ids: &[],
         enable_thinking: true,
+        also_end: &[],
     };
     let reasoning = (reasoning::find("qwen3").unwrap().new)(&prompt, &token);
     let mut parser = AssistantParser::new(Some(reasoning), None, true);
@@ -184,6 +186,7 @@ fn read_detected(prompt: &str, text: &str) -> (String, String) {
         text: prompt,
         token_ids: &prompt_ids,
         enable_thinking: true,
+        also_end: &[],
     };
     let ids: Vec<u32> = cases::pieces(text)
         .into_iter()

@@ -42,6 +42,16 @@ pub struct Prompt<'a> {
     pub token_ids: &'a [u32],
     /// False when the request's template arguments have `enable_thinking: false` (`reasoning_effort: none` sets it too).
     pub enable_thinking: bool,
+    /// Special tokens that end reasoning too, or come in its place, because a grammar begins behind them. They are left out
+    /// of the text.
+    pub also_end: &'a [SpecialToken],
+}
+
+/// A token that text can hold; its text starts with `<`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpecialToken {
+    pub id: u32,
+    pub text: String,
 }
 
 /// A stretch of text that is one or the other.

@@ -21,8 +21,8 @@ const TURN_MARKERS: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
 
 struct Think {
     state: State,
-    /// In the order of [`MARKERS`].
-    markers: [Marker; 3],
+    /// The first is the one that opens.
+    markers: Vec<Marker>,
     /// Text that may be the beginning of a marker.
     held: String,
     /// White space before anything else, while undecided.
@@ -31,7 +31,6 @@ struct Think {
     reasoning_tokens: usize,
 }
 
-const MARKERS: [&str; 3] = [START, END, TOOL_CALL];
 const START_AT: usize = 0;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -45,11 +44,22 @@ enum State {
 }
 
 /// A marker that is one token counts only when that token was sampled: the same text spelled by others is text.
-#[derive(Clone, Copy, Default)]
 struct Marker {
+    text: String,
+    role: Role,
     id: Option<u32>,
     /// Sampled, but not yet seen in the text.
     outstanding: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Open,
+    Close,
+    /// Closes and stays in content.
+    ToolCall,
+    /// Closes; where there was no reasoning, it comes before content.
+    Grammar,
 }
 
 pub(super) fn new_qwen3(prompt: &Prompt<'_>, token: TokenLookup<'_>) -> Box<dyn ReasoningParser> {
@@ -97,12 +107,21 @@ impl Think {
             false => State::Off,
             true => state_after(prompt, token).unwrap_or(default),
         };
+        let marker = |text: &str, role, id| Marker {
+            text: text.to_owned(),
+            role,
+            id,
+            outstanding: 0,
+        };
+        let own = [(START, Role::Open), (END, Role::Close), (TOOL_CALL, Role::ToolCall)];
+        let also_end = prompt.also_end.iter();
         Think {
             state,
-            markers: MARKERS.map(|text| Marker {
-                id: token(text),
-                outstanding: 0,
-            }),
+            markers: own
+                .map(|(text, role)| marker(text, role, token(text)))
+                .into_iter()
+                .chain(also_end.map(|end| marker(&end.text, Role::Grammar, Some(end.id))))
+                .collect(),
             held: String::new(),
             blank: String::new(),
             counting: state == State::Reasoning,
@@ -143,20 +162,23 @@ impl Think {
             }
         }
         loop {
-            let active: Vec<usize> = (0..MARKERS.len()).filter(|&which| self.is_active(which)).collect();
-            let names: Vec<&str> = active.iter().map(|&which| MARKERS[which]).collect();
+            let active: Vec<usize> = (0..self.markers.len()).filter(|&which| self.is_active(which)).collect();
+            let names: Vec<&str> = active.iter().map(|&which| self.markers[which].text.as_str()).collect();
             match marker::find(rest, &names) {
                 Hit::Marker { which, at } => {
                     let which = active[which];
                     self.send(&rest[..at], out);
-                    self.markers[which].outstanding = self.markers[which].outstanding.saturating_sub(1);
-                    if MARKERS[which] != START {
-                        self.state = State::Content;
+                    let marker = &mut self.markers[which];
+                    marker.outstanding = marker.outstanding.saturating_sub(1);
+                    rest = &rest[at + marker.text.len()..];
+                    match marker.role {
+                        Role::Open => {}
+                        Role::Close | Role::Grammar => self.state = State::Content,
+                        Role::ToolCall => {
+                            self.state = State::Content;
+                            self.send(TOOL_CALL, out);
+                        }
                     }
-                    if MARKERS[which] == TOOL_CALL {
-                        self.send(TOOL_CALL, out);
-                    }
-                    rest = &rest[at + MARKERS[which].len()..];
                 }
                 Hit::Partial { at } => {
                     self.send(&rest[..at], out);
@@ -169,13 +191,16 @@ impl Think {
     }
 
     fn is_active(&self, which: usize) -> bool {
+        let Marker {
+            role, id, outstanding, ..
+        } = &self.markers[which];
         let by_state = match self.state {
-            State::Undecided => MARKERS[which] == START,
+            State::Undecided => *role == Role::Open,
             State::Reasoning => true,
-            State::Content => MARKERS[which] == END,
+            State::Content => matches!(role, Role::Close | Role::Grammar),
             State::Off => false,
         };
-        by_state && (self.markers[which].id.is_none() || self.markers[which].outstanding > 0)
+        by_state && (id.is_none() || *outstanding > 0)
     }
 
     fn send(&self, text: &str, out: &mut Vec<Segment>) {
@@ -203,9 +228,9 @@ impl ReasoningParser for Think {
             match which {
                 Some(which) => {
                     self.markers[which].outstanding += 1;
-                    self.counting = match MARKERS[which] {
-                        START => self.counting || self.state == State::Undecided,
-                        _ => false,
+                    self.counting = match self.markers[which].role {
+                        Role::Open => self.counting || self.state == State::Undecided,
+                        Role::Close | Role::ToolCall | Role::Grammar => false,
                     };
                 }
                 None => self.reasoning_tokens += usize::from(self.counting),

@@ -13,7 +13,7 @@ use crate::parsers::{AssistantDelta, TokenLookup};
 
 const START: &str = "<|tool_call_start|>";
 const END: &str = "<|tool_call_end|>";
-pub(super) const TOKENS: &[&str] = &[START, END];
+pub(super) const MARKERS: [&str; 2] = [START, END];
 
 #[derive(Default)]
 struct Lfm2 {
@@ -51,7 +51,7 @@ pub(super) fn new() -> Box<dyn ToolParser> {
 }
 
 pub(super) fn detect(_chat_template: &str, token: TokenLookup<'_>) -> bool {
-    TOKENS.iter().all(|text| token(text).is_some())
+    MARKERS.iter().all(|text| token(text).is_some())
 }
 
 impl Block {

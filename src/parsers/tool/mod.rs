@@ -11,7 +11,7 @@ pub static REGISTRY: &[Entry] = &[Entry {
     name: "lfm2",
     aliases: &[],
     new: lfm2::new,
-    tokens: lfm2::TOKENS,
+    markers: lfm2::MARKERS,
     detect: lfm2::detect,
 }];
 
@@ -21,8 +21,8 @@ pub struct Entry {
     pub name: &'static str,
     pub aliases: &'static [&'static str],
     pub(super) new: fn() -> Box<dyn ToolParser>,
-    /// Tokens the vocabulary must have.
-    pub(super) tokens: &'static [&'static str],
+    /// Begin and end a block of calls; the vocabulary must have them.
+    pub markers: [&'static str; 2],
     /// Whether a checkpoint speaks the protocol, from its chat template and vocabulary.
     pub(super) detect: fn(&str, TokenLookup<'_>) -> bool,
 }
@@ -84,7 +84,7 @@ pub(super) fn find(name: &str, token: TokenLookup<'_>) -> Result<&'static Entry,
             .collect::<Vec<_>>()
             .join(", "),
     })?;
-    match entry.tokens.iter().find(|text| token(text).is_none()) {
+    match entry.markers.iter().find(|text| token(text).is_none()) {
         Some(token) => Err(ParserError::MissingToken {
             flag: FLAG,
             name: entry.name,

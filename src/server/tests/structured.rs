@@ -194,6 +194,48 @@ async fn reasoning_comes_before_the_grammar() {
     assert_eq!(answer["message"]["tool_calls"][0]["function"]["name"], "now");
 }
 
+/// vLLM's answer is all reasoning then.
+#[tokio::test]
+async fn a_turn_that_ends_in_reasoning_is_answered_all_the_same() {
+    let format = r#""response_format":{"type":"json_schema","json_schema":{"name":"n","schema":{"enum":["ok"]}}}"#;
+    let required = format!(r#"{TOOLS},"tool_choice":"required","parallel_tool_calls":false,"max_tokens":90"#);
+    let own_call = "<|tool_call_start|>[now()]<|tool_call_end|>";
+    let thought = format!("<think>hm{own_call}");
+    for (parser, reply, ask_for, reasoning) in [
+        ("qwen3", "Hello there", format.to_owned(), json!("Hello there")),
+        ("lfm2", "<think>hm", format.to_owned(), json!("hm")),
+        ("lfm2", thought.as_str(), required.clone(), json!("hm")),
+        ("qwen3", thought.as_str(), required.clone(), json!("hm")),
+        ("qwen3", own_call, required.clone(), Value::Null),
+        ("lfm2", own_call, required.clone(), Value::Null),
+        ("lfm2", thought.as_str(), format!("{format},{TOOLS}"), json!("hm")),
+    ] {
+        let mut setup = saying(reply);
+        setup.chat.reasoning_parser = ParserChoice::Named(parser.into());
+        let server = setup.start();
+        let whole = choice(&server.post(CHAT, &ask(&ask_for)).await);
+        let message = &whole["message"];
+        assert_eq!(message["reasoning"], reasoning, "{parser}: {reply}: {message}");
+        let (deltas, finish) = deltas(&server.post(CHAT, &ask(&format!(r#"{ask_for},"stream":true"#))).await);
+        assert_eq!(whole["finish_reason"], finish);
+        let streamed = |key: &str| -> String { deltas.iter().filter_map(|delta| delta[key].as_str()).collect() };
+        assert_eq!(streamed("reasoning"), reasoning.as_str().unwrap_or(""));
+        if ask_for == format {
+            assert_eq!((&message["content"], finish.as_str()), (&json!("\"ok\""), "stop"));
+            assert_eq!(streamed("content"), "\"ok\"");
+        } else {
+            assert_eq!(finish, "tool_calls", "{parser}: {reply}: {message}");
+            let arguments = message["tool_calls"][0]["function"]["arguments"].as_str().unwrap();
+            assert!(
+                serde_json::from_str::<Value>(arguments).unwrap().is_object(),
+                "{arguments}"
+            );
+            assert_eq!(streamed("content"), "");
+        }
+        server.idle().await;
+    }
+}
+
 #[tokio::test]
 async fn a_grammar_that_cannot_be_is_a_400_before_the_stream() {
     let server = saying("Hello").start();

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::{EngineRequest, ThinkingBudget};
-use crate::grammar::{Constraint, GrammarCompiler, GrammarKind, GrammarSpec, Start, Vocabulary};
+use crate::grammar::{Constraint, GrammarCompiler, GrammarKind, GrammarSpec, Reasoning, Start, Vocabulary};
 
 /// Bytes are their own ids.
 const OPEN: TokenId = 256;
@@ -126,8 +126,11 @@ async fn reasoning_is_free_and_the_answer_is_not() {
         };
         let engine = scripted::engine(ScriptedExecutor::replying(capacity, move |_| reply.clone()));
         let mut request = constrained(&[1, 2, 3], digits());
-        let close = [CLOSE].into();
-        request.constraint = Some(constraint(digits(), Start::AfterReasoning { close }));
+        let reasoning = Reasoning {
+            close: [CLOSE].into(),
+            ..Reasoning::default()
+        };
+        request.constraint = Some(constraint(digits(), Start::AfterReasoning(reasoning)));
         let (tokens, finish) = collect(engine.submit(request).unwrap()).await.unwrap();
         let (reasoning, answer) = tokens.split_at(13);
         assert_eq!((text(reasoning).as_str(), reasoning[12]), ("let me think", CLOSE));
