@@ -1,4 +1,6 @@
 // embed: out[t] = table[token_ids[t]]; gather: out[n] = x[rows[n]]; feed_back: token_ids[row_starts[s]] = last[slots[s]].
+// upload: a step's arrays from page-locked host memory, one block per array; offsets and sizes in vectors of 16 bytes. A copy engine
+// would need microseconds to take over and give back. It lets no kernel begin before it has ended.
 //
 // Shapes: table [V, H], token_ids [T], out [T, H]; x [T, H], rows [N], out [N, H]. 2-byte elements, H a multiple of 8.
 // Grid: one block of 256 threads per output row, 16 bytes a thread and turn. No arithmetic.
@@ -22,4 +24,20 @@ extern "C" __global__ void feed_back(uint32_t *__restrict__ token_ids, const uin
     pdl_wait();
     const int s = blockIdx.x * blockDim.x + threadIdx.x;
     if (s < rows && feedback[s] && slots[s] >= 0) token_ids[row_starts[s]] = last_sampled[slots[s]];
+}
+
+struct Pieces {
+    uint2 piece[12];  // offset, size
+};
+
+extern "C" __global__ void __launch_bounds__(128)
+    upload(const uint4 *source, uint4 *__restrict__ target, const __grid_constant__ Pieces pieces) {
+    pdl_wait();
+    const uint2 piece = pieces.piece[blockIdx.x];
+    for (uint32_t i = piece.x + threadIdx.x; i < piece.x + piece.y; i += blockDim.x) {
+        uint4 v;
+        asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(source + i));
+        target[i] = v;
+    }
+    __threadfence();
 }

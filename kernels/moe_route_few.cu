@@ -3,35 +3,42 @@
 // (their sum + 1e-6) if normalised, times the scaling factor.
 //
 // Shapes: x [T, H] (the residual stream, or what is already normed), gate [E, H], bias [E] f32 or null; pair p = t · K + k: pair_weight
-// [T · K] f32, pair_expert [T · K]. H a multiple of 8 up to 4,096, E <= 64, K <= 8. f32 accumulation over the rounded x.
-// Grid: a block of 16 warps per token; a warp owns every sixteenth expert, its gates in registers before pdl_wait where they fit.
+// [T · K] f32, pair_expert [T · K]. H a multiple of 32 up to 4,096, E <= 64, K <= 8. f32 accumulation over the rounded x.
+// Grid: a block of 16 warps per token; a warp owns every sixteenth 32 of H for all experts, the gates in registers before pdl_wait where they
+// fit; the warps' sums are added in their order.
 // Experts make their lists themselves (moe_skinny.cu).
 // Cost: T · E · H · 2 bytes from L2.
 #include "stream.cuh"
 
 #define ROUTE_WARPS 16
-#define ROUTE_AHEAD 2   // experts of a warp whose gates wait in registers
-#define ROUTE_TURNS 8   // 16-byte pieces a lane of such a gate: H <= 2,048
+#define ROUTE_TILES 4   // of 16 experts
+#define ROUTE_AHEAD 2   // tiles whose gates wait in registers
+#define ROUTE_UNITS 4   // of 32 inner elements, that a warp has so: H <= 2,048
 
 template <typename T>
 DEVICE void route(const T *x, const T *norm, float eps, T *normed, const T *gate, const float *bias, float *pair_weight, int *pair_expert, int H,
                   int E, int K, int normalise, float scaling) {
     __shared__ uint4 row[512];
     __shared__ float sums[ROUTE_WARPS], scores[64], selection[64];
+    __shared__ float partial[ROUTE_WARPS][16 * ROUTE_TILES + 8];
     __shared__ int chosen[8];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, vectors = H / 8;
     const size_t token = blockIdx.x;
     pdl_launch();
-    const bool fits = vectors <= ROUTE_TURNS * WARP;
-    uint4 ahead[ROUTE_AHEAD][ROUTE_TURNS];
+    const int g = lane / 4, t = lane % 4, units = H / 32;
+    // Unit j of a warp is the (warp + 16 j)-th of H; a lane brings 16 bytes of expert g of a tile, and of expert g + 8.
+    const auto gates = [&](int tile, int unit, int half) {
+        const int e = tile * 16 + half * 8 + g;
+        if (e >= E || unit >= units) return make_uint4(0, 0, 0, 0);
+        return *reinterpret_cast<const uint4 *>(gate + (size_t)e * H + unit * 32 + t * 8);
+    };
+    uint4 ahead[ROUTE_AHEAD][ROUTE_UNITS][2];
 #pragma unroll
     for (int i = 0; i < ROUTE_AHEAD; i++)
 #pragma unroll
-        for (int j = 0; j < ROUTE_TURNS; j++) {
-            const int e = warp + i * ROUTE_WARPS, c = j * WARP + lane;
-            ahead[i][j] = make_uint4(0, 0, 0, 0);
-            if (fits && e < E && c < vectors) ahead[i][j] = reinterpret_cast<const uint4 *>(gate + (size_t)e * H)[c];
-        }
+        for (int j = 0; j < ROUTE_UNITS; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) ahead[i][j][half] = gates(i, warp + j * ROUTE_WARPS, half);
     uint4 scale_by = make_uint4(0, 0, 0, 0);
     if (norm && threadIdx.x < vectors) scale_by = reinterpret_cast<const uint4 *>(norm)[threadIdx.x];
     pdl_wait();
@@ -51,27 +58,35 @@ DEVICE void route(const T *x, const T *norm, float eps, T *normed, const T *gate
     }
     if (threadIdx.x < vectors) row[threadIdx.x] = mine;
     __syncthreads();
-    const auto dot = [&](uint4 a, int c, float &sum) {
-        float f[8], g[8];
-        unpack8<T>(row[c], f);
-        unpack8<T>(a, g);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += f[j] * g[j];
+    // Experts are the 16-row side of the product, the token is each of the 8 columns.
+    float d[ROUTE_TILES][4] = {};
+    const auto multiply = [&](int tile, int unit, uint4 a, uint4 b) {
+        if (unit >= units) return;
+        const uint4 v = row[unit * 4 + t];
+        mma16816<T>(d[tile], a.x, b.x, a.y, b.y, v.x, v.y);
+        mma16816<T>(d[tile], a.z, b.z, a.w, b.w, v.z, v.w);
     };
 #pragma unroll
-    for (int i = 0; i < 64 / ROUTE_WARPS; i++) {
-        const int e = warp + i * ROUTE_WARPS;
-        if (e >= E) break;
-        float sum = 0.f;
-        if (i < ROUTE_AHEAD && fits) {
+    for (int j = 0; j < ROUTE_UNITS; j++)
 #pragma unroll
-            for (int j = 0; j < ROUTE_TURNS; j++)
-                if (j * WARP + lane < vectors) dot(ahead[min(i, ROUTE_AHEAD - 1)][j], j * WARP + lane, sum);
-        } else {
-            for (int c = lane; c < vectors; c += WARP) dot(reinterpret_cast<const uint4 *>(gate + (size_t)e * H)[c], c, sum);
+        for (int i = 0; i < ROUTE_AHEAD; i++) multiply(i, warp + j * ROUTE_WARPS, ahead[i][j][0], ahead[i][j][1]);
+#pragma unroll
+    for (int i = 0; i < ROUTE_TILES; i++)
+        if (i * 16 < E)
+            for (int j = i < ROUTE_AHEAD ? ROUTE_UNITS : 0; warp + j * ROUTE_WARPS < units; j++)
+                multiply(i, warp + j * ROUTE_WARPS, gates(i, warp + j * ROUTE_WARPS, 0), gates(i, warp + j * ROUTE_WARPS, 1));
+    if (t == 0)
+#pragma unroll
+        for (int i = 0; i < ROUTE_TILES; i++) {
+            partial[warp][i * 16 + g] = d[i][0];
+            partial[warp][i * 16 + g + 8] = d[i][2];
         }
-        sum = warp_sum(sum);
-        if (lane == 0) scores[e] = 1.f / (1.f + expf(-sum));
+    __syncthreads();
+    if (threadIdx.x < E) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < ROUTE_WARPS; i++) sum += partial[i][threadIdx.x];
+        scores[threadIdx.x] = 1.f / (1.f + expf(-sum));
     }
     __syncthreads();
     if (warp) return;

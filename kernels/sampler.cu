@@ -228,7 +228,14 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     __shared__ int gathered;
     pdl_launch();
     pdl_wait();
-    const SampleRequest request = requests[blockIdx.x];
+    // In page-locked host memory, like `out`: read once.
+    __shared__ int4 fetched;
+    if (threadIdx.x == 0)
+        asm volatile("ld.volatile.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(fetched.x), "=r"(fetched.y), "=r"(fetched.z), "=r"(fetched.w)
+                     : "l"(requests + blockIdx.x));
+    __syncthreads();
+    const SampleRequest request{fetched.x, fetched.y, fetched.z, fetched.w};
     const SlotParams p = params[request.slot];
     float *row = logits + (size_t)request.logit_row * V;
     uint16_t *seen = counts + (size_t)request.slot * V;

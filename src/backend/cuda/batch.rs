@@ -3,12 +3,14 @@
 
 use std::sync::Arc;
 
-use super::driver::{Address, Device, Event, Memory, Pinned};
+use super::driver::{Address, Arg, Device, Event, Memory, Pinned};
 use super::{PIECE_TOKENS, SPLIT_TOKENS, need};
 use crate::backend::{BatchLayout, Result};
 
 /// Host regions in flight: one being read by the device, one being filled.
 const RING: usize = 3;
+/// Most bytes of a step's arrays that a kernel fetches; more are a copy engine's.
+const KERNEL_COPY_BYTES: usize = 256 << 10;
 
 /// Byte offsets of the arrays in the region, for the largest step.
 struct Offsets {
@@ -188,8 +190,30 @@ impl CudaBatch {
         self.rows = rows;
         self.pieces = pieces;
         self.logit_rows = layout.logit_tokens.len();
-        let used = at.block_tables + rows * self.max_blocks * 4;
-        staging.send(0, used, self.memory.address, "set_batch")?;
+        let pieces_used = [
+            (at.token_ids, tokens * 4),
+            (at.positions, tokens * 4),
+            (at.slot_mapping, tokens * 8),
+            (at.row_starts, (rows + 1) * 4),
+            (at.context_lens, rows * 4),
+            (at.slots, rows * 4),
+            (at.reset_conv, rows),
+            (at.feedback, rows),
+            (at.logit_tokens, self.logit_rows * 4),
+            (at.piece_row, pieces * 4),
+            (at.piece_start, pieces * 4),
+            (at.block_tables, rows * self.max_blocks * 4),
+        ];
+        let bytes: usize = pieces_used.iter().map(|(_, bytes)| bytes).sum();
+        if bytes <= KERNEL_COPY_BYTES {
+            let mut args = vec![staging.address().arg(), self.memory.address.arg()];
+            let cells = pieces_used.map(|(offset, bytes)| (offset / 16) as u64 | (bytes.div_ceil(16) as u64) << 32);
+            args.extend(cells);
+            device.launch(device.function("upload", 0)?, [cells.len(), 1, 1], 128, 0, &args)?;
+        } else {
+            let used = at.block_tables + rows * self.max_blocks * 4;
+            staging.send(0, used, self.memory.address, "set_batch")?;
+        }
         event.record(device)?;
         self.next += 1;
         Ok(())

@@ -244,14 +244,13 @@ impl CudaSampler {
                 to.copy_from_slice(&v.to_le_bytes());
             }
         }
-        staging.send(0, requests.len() * REQUEST_BYTES, self.requests.address, "sample")?;
         if masks > 0 {
             staging.send(masks_at, masks as usize * words * 4, self.masks.address, "sample")?;
         }
-        sent.record(device)?;
+        let (received, done) = &self.received[ring];
         let args = [
             logits.arg(),
-            self.requests.address.arg(),
+            staging.address().arg(),
             self.params.address.arg(),
             self.counts.address.arg(),
             self.masks.address.arg(),
@@ -259,12 +258,11 @@ impl CudaSampler {
             self.words.address.arg(),
             self.history.address.arg(),
             self.last.address.arg(),
-            self.results.address.arg(),
+            received.address().arg(),
             self.vocab.arg(),
         ];
         device.launch(device.function("sample", 0)?, [requests.len(), 1, 1], 1024, 0, &args)?;
-        let (received, done) = &mut self.received[ring];
-        received.receive(self.results.address, requests.len() * SAMPLED_BYTES, "sample")?;
+        sent.record(device)?;
         done.record(device)?;
         self.pending.push_back(Pending { ring, wants });
         Ok(())
