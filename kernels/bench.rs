@@ -342,7 +342,8 @@ mod cuda {
             Ok(())
         }
 
-        fn batch(&mut self, rows: usize, context: usize) -> Result<<CudaBackend as Backend>::Batch> {
+        /// `rows` rows that end `context` tokens after their start, the last `each` of them in the step.
+        fn batch(&mut self, rows: usize, each: usize, context: usize) -> Result<<CudaBackend as Backend>::Batch> {
             let blocks = context.div_ceil(BLOCK);
             let mut layout = BatchLayout {
                 row_starts: vec![0],
@@ -350,13 +351,15 @@ mod cuda {
                 ..BatchLayout::default()
             };
             for row in 0..rows {
-                let at = context - 1;
-                layout.token_ids.push(row as u32);
-                layout.positions.push(at as u32);
-                layout
-                    .slot_mapping
-                    .push(((row * blocks + at / BLOCK) * BLOCK + at % BLOCK) as i64);
-                layout.row_starts.push(row as u32 + 1);
+                for at in context - each..context {
+                    layout.token_ids.push(row as u32);
+                    layout.positions.push(at as u32);
+                    layout
+                        .slot_mapping
+                        .push(((row * blocks + at / BLOCK) * BLOCK + at % BLOCK) as i64);
+                }
+                let tokens = layout.token_ids.len() as u32;
+                layout.row_starts.push(tokens);
                 layout.context_lens.push(context as u32);
                 layout
                     .block_tables
@@ -364,9 +367,9 @@ mod cuda {
                 layout.slots.push(row as u32);
                 layout.reset_conv.push(false);
                 layout.feedback.push(false);
-                layout.logit_tokens.push(row as u32);
+                layout.logit_tokens.push(tokens - 1);
             }
-            let mut batch = self.gpu.batch(rows, rows, blocks)?;
+            let mut batch = self.gpu.batch(rows * each, rows, blocks)?;
             self.gpu.set_batch(&mut batch, &layout)?;
             Ok(batch)
         }
@@ -392,7 +395,7 @@ mod cuda {
             let (x, mut normed) = (self.tensor(most, HIDDEN, 1)?, self.tensor(most, HIDDEN, 2)?);
             let (mut bcx, mut out) = (self.tensor(most, 3 * HIDDEN, 3)?, self.tensor(most, HIDDEN, 4)?);
             for rows in rows {
-                let batch = self.batch(rows, 16)?;
+                let batch = self.batch(rows, 1, 16)?;
                 let [plain, fused] = names(rows);
                 if self.wants(&plain) {
                     self.time(&plain, rows * HIDDEN * 2 * 8, 0.0, |gpu, _| {
@@ -424,22 +427,43 @@ mod cuda {
                 if !self.wants(&name) {
                     continue;
                 }
-                let blocks = context.div_ceil(BLOCK) * rows;
-                let mut kv = self.gpu.kv_cache(blocks, BLOCK, &ATTENTION, DType::Bf16)?;
-                let ones: Vec<u8> = half_bits(1.0).to_le_bytes().repeat(64);
-                let host = HostTensor {
-                    dtype: DType::Bf16,
-                    shape: &[64],
-                    data: &ones,
-                };
-                let norm = self.gpu.weight(host, DType::Bf16)?;
-                let batch = self.batch(rows, context)?;
+                let (mut kv, norm) = self.cache(rows, context)?;
+                let batch = self.batch(rows, 1, context)?;
                 let (mut qkv, mut out) = (self.tensor(rows, QKV, 1)?, self.tensor(rows, heads, 2)?);
                 self.time(&name, rows * context * 8 * 64 * 4, 0.0, |gpu, _| {
                     gpu.qk_norm_rope_attention(&mut qkv, &norm, &norm, &ATTENTION, &batch, &mut kv, &mut out)
                 })?;
             }
+            for (rows, context) in [(1, 1024usize), (1, 8192), (4, 2048)] {
+                let name = format!("attention prefill {rows} x {context}");
+                if !self.wants(&name) {
+                    continue;
+                }
+                let (mut kv, norm) = self.cache(rows, context)?;
+                let batch = self.batch(rows, context, context)?;
+                let tokens = rows * context;
+                let (mut qkv, mut out) = (self.tensor(tokens, QKV, 1)?, self.tensor(tokens, heads, 2)?);
+                let flops = 4.0 * (heads * rows) as f64 * (context * (context + 1) / 2) as f64;
+                // Norms and positions are turned once more in every round; finite values stay finite.
+                self.time(&name, tokens * 8 * 64 * 4, flops, |gpu, _| {
+                    gpu.qk_norm_rope_kv(&mut qkv, &norm, &norm, &ATTENTION, &batch, &mut kv)?;
+                    gpu.attention(&qkv, &ATTENTION, &batch, &kv, &mut out)
+                })?;
+            }
             Ok(())
+        }
+
+        /// A KV cache for `rows` contexts, and a head norm of ones.
+        fn cache(&mut self, rows: usize, context: usize) -> Result<(<CudaBackend as Backend>::KvCache, Weight)> {
+            let blocks = context.div_ceil(BLOCK) * rows;
+            let kv = self.gpu.kv_cache(blocks, BLOCK, &ATTENTION, DType::Bf16)?;
+            let ones: Vec<u8> = half_bits(1.0).to_le_bytes().repeat(64);
+            let host = HostTensor {
+                dtype: DType::Bf16,
+                shape: &[64],
+                data: &ones,
+            };
+            Ok((kv, self.gpu.weight(host, DType::Bf16)?))
         }
 
         fn experts(&mut self) -> Result<()> {

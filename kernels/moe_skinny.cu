@@ -173,7 +173,7 @@ DEVICE void experts(const T *x, const T *w, const int *pair_expert, const float 
     cp_async_wait<0>();
 }
 
-#define ADD_DEPTH 8
+#define ADD_DEPTH STREAM_DEPTH
 
 // Units of moe_w2_add carry the lane's 16 bytes of a token beside the weights: their expert changes too often for a load to be waited
 // for, which stands behind what is under way.

@@ -72,7 +72,7 @@ template <typename T> DEVICE uint4 pack8(const float (&v)[8]) {
     return make_uint4(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]), pack2<T>(v[4], v[5]), pack2<T>(v[6], v[7]));
 }
 
-DEVICE float silu(float x) { return x / (1.f + __expf(-x)); }
+DEVICE float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 // ---- memory
 

@@ -17,8 +17,9 @@
 #define STREAM_THREADS 256
 #define STREAM_STEPS 8
 
-// Units in flight a lane: two blocks fit an SM for up to 16 tokens.
-__host__ __device__ constexpr int stream_depth(int tiles) { return tiles == 1 ? 12 : tiles == 2 ? 10 : 16; }
+// Units in flight a lane. So many that a block has an SM's shared memory to itself: where two fit, a kernel that begins before its
+// predecessor has left gets two blocks on some SMs and none on others, and takes up to twice its time.
+#define STREAM_DEPTH 14
 
 DEVICE uint4 fresh16(const void *p) {
     uint4 v;
@@ -47,7 +48,7 @@ DEVICE void copy_weights(uint32_t dst, const void *src, uint64_t policy) {
 }
 
 template <int TILES> struct StreamShared {
-    uint4 queue[stream_depth(TILES)][2][STREAM_THREADS];
+    uint4 queue[STREAM_DEPTH][2][STREAM_THREADS];
     float partial[2][STREAM_WARPS][TILES][16][9];
 };
 
@@ -56,7 +57,7 @@ DEVICE int stream_column(int K) { return threadIdx.x / WARP * (K / STREAM_WARPS)
 
 // `Walk::next(p0, p1)` gives the lane's addresses in the next tile, rows g and g + 8 at its first column; false after the last.
 template <typename T, int TILES, class Walk> struct Stream {
-    static constexpr int DEPTH = stream_depth(TILES);
+    static constexpr int DEPTH = STREAM_DEPTH;
     const uint4 *slots;  // the lane's places
     const uint64_t policy = evict_first();
     int in = 0, out = 0, step = 0, steps;

@@ -4,7 +4,7 @@ use super::*;
 
 impl<B: Backend> Suite<'_, B> {
     pub(super) fn attention(&mut self) {
-        const LENGTHS: [usize; 4] = [150, 1, 33, 64];
+        const LENGTHS: [usize; 4] = [150, 1, 33, 300];
         let shape = |q, kv, d| AttentionShape {
             num_q_heads: q,
             num_kv_heads: kv,

@@ -222,6 +222,11 @@ impl Device {
         Ok(function)
     }
 
+    /// Whether the binary holds this kernel for the device's architecture.
+    pub fn has(&self, name: &str) -> bool {
+        self.functions.contains_key(name)
+    }
+
     /// Makes the context current on the calling thread.
     pub fn bind(&self) -> Result<()> {
         // SAFETY: the context lives as long as the process.
@@ -242,12 +247,27 @@ impl Device {
         shared_bytes: usize,
         args: &[u64],
     ) -> Result<()> {
+        self.launch_mapped(function, grid, threads, shared_bytes, &[], args)
+    }
+
+    /// The same for a kernel whose first parameters are tensor maps.
+    pub fn launch_mapped(
+        &self,
+        function: Function,
+        grid: [usize; 3],
+        threads: usize,
+        shared_bytes: usize,
+        maps: &[TensorMap],
+        args: &[u64],
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
         let mut pointers: [*mut c_void; 32] = [ptr::null_mut(); 32];
-        for (pointer, arg) in pointers.iter_mut().zip(args) {
-            *pointer = ptr::from_ref(arg).cast_mut().cast();
+        let maps = maps.iter().map(|map| ptr::from_ref(map).cast_mut().cast());
+        let args = args.iter().map(|arg| ptr::from_ref(arg).cast_mut().cast());
+        for (pointer, parameter) in pointers.iter_mut().zip(maps.chain(args)) {
+            *pointer = parameter;
         }
         // SAFETY: plain data; zero is a valid bit pattern of every field.
         let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
@@ -314,6 +334,50 @@ pub struct Graph {
 }
 // SAFETY: a driver handle, used under the device's stream.
 unsafe impl Send for Graph {}
+
+/// What the copy engine needs to know of a matrix in global memory to bring boxes of it to shared memory (a `CUtensorMap`).
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct TensorMap([u64; 16]);
+
+impl TensorMap {
+    /// `N` dimensions of 2-byte elements, the contiguous one first: sizes, bytes between neighbours of each dimension but the
+    /// first, and the box that one copy brings, 64 elements (128 bytes, swizzled) by up to 256 rows. What lies past a size
+    /// arrives as zeros.
+    pub fn new<const N: usize>(
+        address: Address,
+        sizes: [usize; N],
+        strides: [usize; N],
+        boxes: [u32; N],
+    ) -> Result<TensorMap> {
+        let mut map = TensorMap([0; 16]);
+        let sizes = sizes.map(|n| n as u64);
+        let strides = strides.map(|n| n as u64);
+        // SAFETY: the map is 128 bytes, 64-byte aligned; the arrays have as many elements as the rank says (one stride fewer).
+        check("cuTensorMapEncodeTiled", unsafe {
+            sys::cuTensorMapEncodeTiled(
+                ptr::from_mut(&mut map).cast(),
+                sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                N as u32,
+                address as *mut c_void,
+                sizes.as_ptr(),
+                strides[1..].as_ptr(),
+                boxes.as_ptr(),
+                [1; N].as_ptr(),
+                sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        })?;
+        Ok(map)
+    }
+
+    /// A row-major matrix, brought in boxes of `box_rows` rows.
+    pub fn matrix(address: Address, rows: usize, cols: usize, box_rows: usize) -> Result<TensorMap> {
+        TensorMap::new(address, [cols, rows], [2, cols * 2], [64, box_rows as u32])
+    }
+}
 
 /// A kernel argument as an 8-byte cell; the driver reads as many bytes as the parameter has (little endian).
 pub trait Arg {
@@ -430,6 +494,11 @@ impl Pinned {
         })
     }
 
+    /// Where kernels find this memory: pinned memory has one address for host and device.
+    pub fn address(&self) -> Address {
+        self.pointer as Address
+    }
+
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: owned memory of this size; every bit pattern is a valid u8.
         unsafe { std::slice::from_raw_parts_mut(self.pointer, self.bytes) }
@@ -447,25 +516,6 @@ impl Pinned {
         check(op, unsafe {
             sys::cuMemcpyHtoDAsync_v2(to, self.pointer.add(from).cast(), len, self.device.stream)
         })
-    }
-
-    /// Starts a copy of `len` device bytes to the start of this memory.
-    pub fn receive(&mut self, from: Address, len: usize, op: &'static str) -> Result<()> {
-        assert!(len <= self.bytes, "{op}: receive past the end");
-        // SAFETY: bounds checked.
-        check(op, unsafe {
-            sys::cuMemcpyDtoHAsync_v2(self.pointer.cast(), from, len, self.device.stream)
-        })
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        // SAFETY: allocated by cuMemHostAlloc and freed once.
-        unsafe {
-            let _ = sys::cuCtxSetCurrent(self.device.context);
-            let _ = sys::cuMemFreeHost(self.pointer.cast());
-        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which matrix-product kernel takes which shape.
 
-use super::driver::{Address, Arg};
+use super::driver::{Address, Arg, TensorMap};
 use super::{
     CudaBackend, CudaBatch, CudaConvState, CudaTensor, CudaWeight, Norm, SPLIT_PARTIAL_BYTES, SPLIT_TILES, Value, need,
 };
@@ -47,6 +47,44 @@ enum Product {
     Skinny { tiles: usize },
     /// gemm.cu with K over this many blocks.
     Tiled { tile: Tile, splits: usize },
+    /// gemm_wgmma.cu with tiles of this many tokens, K over this many blocks.
+    Wide { tokens: usize, splits: usize },
+}
+
+/// Weight rows of a tile of include/wgmma.cuh, threads of a block and its shared memory.
+pub(super) const WIDE_ROWS: usize = 128;
+pub(super) const WIDE_THREADS: usize = 384;
+pub(super) const WIDE_SHARED_BYTES: usize = 220_560;
+/// From here on tiles of include/wgmma.cuh are filled well enough.
+const WIDE_TOKENS: usize = 33;
+/// Larger weights go there even while two groups of linear_skinny.cu could take the tokens: they would read it twice from L2.
+const WIDE_WEIGHT: usize = 2048 * 2048;
+
+/// The tile and split of gemm_wgmma.cu that a small model of its time likes best: waves of blocks, each as long as its stages
+/// (tensor cores or copies, whichever takes longer), its start, its epilogue and the sums of a split K.
+fn wide(m: usize, n: usize, k: usize, multiprocessors: usize) -> Product {
+    const STAGE_BYTES_PER_CYCLE: usize = 48;
+    const START_CYCLES: usize = 1500;
+    let steps = k.div_ceil(64);
+    let cycles = |tokens: usize, splits: usize| {
+        let items = n.div_ceil(WIDE_ROWS) * m.div_ceil(tokens) * splits;
+        let waves = items.div_ceil(multiprocessors);
+        let stage = (tokens * 4).max((WIDE_ROWS + tokens) * 128 / STAGE_BYTES_PER_CYCLE);
+        let sums = if splits > 1 { 2000 + tokens * 8 * splits } else { 0 };
+        START_CYCLES + waves * (steps.div_ceil(splits) * stage + tokens * 8 + sums)
+    };
+    let room = |tokens: usize, splits: usize| {
+        let tiles = n.div_ceil(WIDE_ROWS) * m.div_ceil(tokens);
+        splits == 1 || (tiles * splits * WIDE_ROWS * tokens * 4 <= SPLIT_PARTIAL_BYTES && tiles * 2 <= SPLIT_TILES)
+    };
+    let candidates = [256, 128, 64]
+        .into_iter()
+        .flat_map(|tokens| (1..=8).map(move |splits| (tokens, splits)))
+        .filter(|&(tokens, splits)| (splits == 1 || steps / splits >= 4) && room(tokens, splits));
+    let (tokens, splits) = candidates
+        .min_by_key(|&(tokens, splits)| cycles(tokens, splits))
+        .unwrap_or((64, 1));
+    Product::Wide { tokens, splits }
 }
 
 /// Rows of weights in a tile of include/stream.cuh.
@@ -59,14 +97,9 @@ const NORM_TOKENS: usize = 8;
 /// Most tokens whose norm waits for its reader: the router takes it up to here.
 const PENDING_TOKENS: usize = 128;
 
-/// Shared memory of `StreamShared<tiles>`: the lanes' queues and two sets of partial sums.
+/// Shared memory of `StreamShared<tiles>`: the lanes' queues and two sets of partial sums; more than half an SM's.
 pub(super) const fn stream_shared_bytes(tiles: usize) -> usize {
-    let depth = match tiles {
-        1 => 12,
-        2 => 10,
-        _ => 16,
-    };
-    depth * 2 * 256 * 16 + 2 * 8 * tiles * 16 * 9 * 4
+    14 * 2 * 256 * 16 + 2 * 8 * tiles * 16 * 9 * 4
 }
 
 /// `SkinnyShared<tiles>` of linear_skinny.cu: room for a norm's weight and its sums of squares too.
@@ -89,9 +122,13 @@ pub(super) fn streams(k: usize) -> bool {
     k.is_multiple_of(256)
 }
 
-fn choose(m: usize, n: usize, k: usize, multiprocessors: usize) -> Product {
-    if let (Some(tiles), true) = (few_tiles(m), streams(k) && n.is_multiple_of(STREAM_ROWS)) {
+fn choose(m: usize, n: usize, k: usize, multiprocessors: usize, has_wgmma: bool) -> Product {
+    let is_wide = has_wgmma && m >= WIDE_TOKENS && (m > STREAM_TOKENS || n * k > WIDE_WEIGHT);
+    if let (Some(tiles), true) = (few_tiles(m), !is_wide && streams(k) && n.is_multiple_of(STREAM_ROWS)) {
         return Product::Skinny { tiles };
+    }
+    if has_wgmma && m >= WIDE_TOKENS {
+        return wide(m, n, k, multiprocessors);
     }
     let tiles = |t: Tile| n.div_ceil(t.bn) * m.div_ceil(t.bm);
     let tile = if m <= 32 {
@@ -114,6 +151,10 @@ fn choose(m: usize, n: usize, k: usize, multiprocessors: usize) -> Product {
 }
 
 impl CudaBackend {
+    fn choose(&self, m: usize, n: usize, k: usize) -> Product {
+        choose(m, n, k, self.device.multiprocessors, self.has_wgmma)
+    }
+
     /// The norm of `rows` rows at `norm.x`: left to its readers where a kernel for few tokens may be one.
     pub(super) fn norm(&mut self, norm: Norm, rows: usize, out: &mut CudaTensor) -> Result<()> {
         if rows <= PENDING_TOKENS && streams(out.cols) && out.cols <= NORM_WIDTH {
@@ -179,10 +220,7 @@ impl CudaBackend {
         delta: &CudaTensor,
     ) -> Result<()> {
         let n = w.rows;
-        if !matches!(
-            choose(rows, n, w.cols, self.device.multiprocessors),
-            Product::Skinny { .. }
-        ) {
+        if !matches!(self.choose(rows, n, w.cols), Product::Skinny { .. }) {
             return self.matrix_product(x, rows, w, bias, delta);
         }
         self.product_shape(x, rows, w, residual)?;
@@ -214,10 +252,7 @@ impl CudaBackend {
         out: &mut CudaTensor,
     ) -> Result<()> {
         let f = w13.rows / 2;
-        let skinny = matches!(
-            choose(rows, w13.rows, w13.cols, self.device.multiprocessors),
-            Product::Skinny { .. }
-        );
+        let skinny = matches!(self.choose(rows, w13.rows, w13.cols), Product::Skinny { .. });
         if !skinny {
             self.matrix_product(x, rows, w13, None, gate_up)?;
             return self.swiglu(gate_up, rows, out);
@@ -257,10 +292,7 @@ impl CudaBackend {
     ) -> Result<()> {
         let (w, h) = (weights.in_proj, state.hidden);
         let decode = batch.tokens == batch.rows && rows == batch.rows;
-        let skinny = matches!(
-            choose(rows, w.rows, w.cols, self.device.multiprocessors),
-            Product::Skinny { .. }
-        );
+        let skinny = matches!(self.choose(rows, w.rows, w.cols), Product::Skinny { .. });
         if !(decode && skinny && h.is_multiple_of(STREAM_ROWS)) {
             self.matrix_product(x, rows, w, weights.in_bias, bcx)?;
             return self.short_conv(bcx, weights.taps, weights.taps_bias, batch, state, out);
@@ -334,7 +366,27 @@ impl CudaBackend {
             return Ok(());
         }
         let output = if out.dtype == DType::F32 { "float" } else { self.suffix };
-        match choose(rows, n, k, self.device.multiprocessors) {
+        match self.choose(rows, n, k) {
+            Product::Wide { tokens, splits } => {
+                self.whole("linear", x, rows)?;
+                let name = format!("gemm_wgmma_{}_{output}_{tokens}", self.suffix);
+                let function = self.device.function(&name, WIDE_SHARED_BYTES)?;
+                let maps = [w.expert_map(1)?, TensorMap::matrix(x.address(), rows, k, tokens / 4)?];
+                let args = [
+                    bias.map_or(0, |b| b.memory.address).arg(),
+                    out.address().arg(),
+                    self.split_partial.address.arg(),
+                    self.split_arrived.address.arg(),
+                    rows.arg(),
+                    n.arg(),
+                    k.arg(),
+                    splits.arg(),
+                ];
+                let items = n.div_ceil(WIDE_ROWS) * rows.div_ceil(tokens) * splits;
+                let grid = [items.min(self.device.multiprocessors), 1, 1];
+                self.device
+                    .launch_mapped(function, grid, WIDE_THREADS, WIDE_SHARED_BYTES, &maps, &args)
+            }
             Product::Skinny { .. } => {
                 let types = format!("{}_{output}", self.suffix);
                 let out = out.address();
@@ -355,10 +407,10 @@ impl CudaBackend {
                 self.whole("linear", x, rows)?;
                 let (x, w, out) = (x.address().arg(), w.memory.address.arg(), out.address().arg());
                 let bias = bias.map_or(0, |b| b.memory.address).arg();
+                let (partial, arrived) = (self.split_partial.address.arg(), self.split_arrived.address.arg());
                 let name = format!("gemm_{}_{output}_{}x{}", self.suffix, tile.bm, tile.bn);
                 let function = self.device.function(&name, tile.shared_bytes())?;
                 let grid = [n.div_ceil(tile.bn), rows.div_ceil(tile.bm), splits];
-                let (partial, arrived) = (self.split_partial.address.arg(), self.split_arrived.address.arg());
                 let args = [x, w, bias, out, partial, arrived, rows.arg(), n.arg(), k.arg()];
                 self.device
                     .launch(function, grid, tile.threads, tile.shared_bytes(), &args)
@@ -373,12 +425,25 @@ mod tests {
 
     #[test]
     fn shapes_of_the_8b_go_where_they_should() {
-        assert_eq!(choose(1, 6144, 2048, 132), Product::Skinny { tiles: 1 });
-        assert_eq!(choose(9, 6144, 2048, 132), Product::Skinny { tiles: 2 });
-        assert_eq!(choose(32, 2048, 2048, 132), Product::Skinny { tiles: 4 });
-        assert_eq!(choose(8192, 6144, 2048, 132), Product::Tiled { tile: LARGE, splits: 1 });
+        assert_eq!(choose(1, 6144, 2048, 132, false), Product::Skinny { tiles: 1 });
+        assert_eq!(choose(9, 6144, 2048, 132, false), Product::Skinny { tiles: 2 });
+        assert_eq!(choose(32, 2048, 2048, 132, true), Product::Skinny { tiles: 4 });
+        assert_eq!(
+            choose(8192, 6144, 2048, 132, false),
+            Product::Tiled { tile: LARGE, splits: 1 }
+        );
+        let wide = |m, n, k| choose(m, n, k, 132, true);
+        assert_eq!(wide(64, 2048, 2048), Product::Skinny { tiles: 4 });
+        assert!(matches!(wide(64, 128_000, 2048), Product::Wide { splits: 1, .. }));
+        assert!(matches!(wide(33, 2048, 7168), Product::Wide { .. }));
+        assert_eq!(wide(8192, 6144, 2048), Product::Wide { tokens: 256, splits: 1 });
+        assert_eq!(wide(1024, 2048, 2048), Product::Wide { tokens: 128, splits: 1 });
+        assert!(matches!(wide(128, 2048, 7168), Product::Wide { splits: 4.., .. }));
         // A K that no skinny kernel takes is a tile's, never refused.
-        assert!(matches!(choose(1, 128, 96, 132), Product::Tiled { splits: 1, .. }));
+        assert!(matches!(
+            choose(1, 128, 96, 132, false),
+            Product::Tiled { splits: 1, .. }
+        ));
     }
 
     #[test]
@@ -386,11 +451,18 @@ mod tests {
         for m in 1..=512 {
             for n in [64, 2048, 6144, 14336, 128_000] {
                 for k in [64, 2048, 7168] {
-                    if let Product::Tiled { splits, .. } = choose(m, n, k, 132) {
-                        assert!(
-                            splits == 1 || splits * m * n * 4 <= SPLIT_PARTIAL_BYTES,
-                            "{m} {n} {k} {splits}"
-                        );
+                    for has_wgmma in [false, true] {
+                        let (bytes, splits) = match choose(m, n, k, 132, has_wgmma) {
+                            Product::Skinny { .. } => continue,
+                            Product::Tiled { splits, .. } => (splits * m * n * 4, splits),
+                            Product::Wide { tokens, splits } => {
+                                let tiles = n.div_ceil(WIDE_ROWS) * m.div_ceil(tokens);
+                                assert!(splits == 1 || tiles * 2 <= SPLIT_TILES, "{m} {n} {k} {splits}");
+                                assert!(splits <= k.div_ceil(64), "{m} {n} {k} {splits}: a part without a stage");
+                                (splits * tiles * WIDE_ROWS * tokens * 4, splits)
+                            }
+                        };
+                        assert!(splits == 1 || bytes <= SPLIT_PARTIAL_BYTES, "{m} {n} {k} {splits}");
                     }
                 }
             }

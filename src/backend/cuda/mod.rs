@@ -13,7 +13,7 @@ use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use driver::{Address, Arg, Device, Event, Function, Graph, Memory};
+use driver::{Address, Arg, Device, Event, Function, Graph, Memory, TensorMap};
 
 use crate::backend::{
     AttentionShape, Backend, BackendError, BatchLayout, ConvWeights, DType, HostTensor, Result, RouteShape,
@@ -93,6 +93,29 @@ pub struct CudaWeight {
     dtype: DType,
 }
 
+impl CudaWeight {
+    /// Tensor map of `experts` matrices `[N, K]`, in boxes of a weight tile.
+    fn expert_map(&self, experts: usize) -> Result<TensorMap> {
+        let (n, k) = (self.rows / experts, self.cols);
+        let strides = [2, k * 2, n * k * 2];
+        TensorMap::new(
+            self.memory.address,
+            [k, n, experts],
+            strides,
+            [64, linear::WIDE_ROWS as u32, 1],
+        )
+    }
+
+    /// Tensor map of `experts` matrices `[w1; w3]` of `[F, K]` each, in boxes that take turns between 8 rows of either.
+    fn gated_map(&self, experts: usize) -> Result<TensorMap> {
+        let (f, k) = (self.rows / experts / 2, self.cols);
+        let row = k * 2;
+        let strides = [2, row, f * row, 8 * row, 2 * f * row];
+        let boxes = [64, 8, 2, linear::WIDE_ROWS as u32 / 16, 1];
+        TensorMap::new(self.memory.address, [k, 8, 2, f / 8, experts], strides, boxes)
+    }
+}
+
 pub struct CudaKvCache {
     k: Memory,
     v: Memory,
@@ -111,6 +134,8 @@ pub struct CudaBackend {
     dtype: DType,
     /// The kernels' name for the element type.
     suffix: &'static str,
+    /// Whether the binary holds wgmma kernels for this device (sm_90a).
+    has_wgmma: bool,
     /// f32 partial sums of matrix products whose K is split over blocks, and a zeroed arrival counter per tile.
     split_partial: Memory,
     split_arrived: Memory,
@@ -194,6 +219,7 @@ impl CudaBackend {
             split_partial: Memory::new(&device, SPLIT_PARTIAL_BYTES, "workspace")?,
             split_arrived: Memory::new(&device, SPLIT_TILES * 4, "workspace")?,
             attention_arrived: Memory::new(&device, ATTENTION_COUNTERS * 4, "workspace")?,
+            has_wgmma: device.has("gemm_wgmma_bf16_bf16_256"),
             device,
             dtype,
             suffix,
@@ -436,8 +462,9 @@ impl Backend for CudaBackend {
     type Sampler = CudaSampler;
 
     fn describe(&self) -> String {
+        let many = if self.has_wgmma { "wgmma" } else { "mma.sync" };
         format!(
-            "CUDA device {} (sm_{}, {} SMs, driver {}), {} activations, mma.sync tiles, streamed weights for few tokens",
+            "CUDA device {} (sm_{}, {} SMs, driver {}), {} activations, {many} tiles, streamed weights for few tokens",
             self.device.name,
             self.device.capability,
             self.device.multiprocessors,
@@ -889,9 +916,21 @@ impl Backend for CudaBackend {
                 shape.scale.arg(),
                 PIECE_TOKENS.arg(),
             ];
-            let function = self.kernel("attention_prefill", 0)?;
-            self.device
-                .launch(function, [batch.pieces, shape.num_kv_heads, 1], 256, 0, &args)?;
+            if self.has_wgmma {
+                /// QUERY_ROWS of Q, KV_STAGES tiles of K and V, barriers, and room to align them.
+                const SHARED_BYTES: usize = 16_384 + 4 * 16_384 + 64 + 1024;
+                let function = self.kernel("attention_prefill_wgmma", SHARED_BYTES)?;
+                let cache = |memory: &Memory| TensorMap::matrix(memory.address, memory.bytes / 128, 64, 16);
+                let maps = [cache(&kv.k)?, cache(&kv.v)?];
+                let args = [&args[..1], &args[3..]].concat();
+                let grid = [shape.num_kv_heads, batch.pieces, 1];
+                self.device
+                    .launch_mapped(function, grid, 256, SHARED_BYTES, &maps, &args)?;
+            } else {
+                let function = self.kernel("attention_prefill", 0)?;
+                let grid = [batch.pieces, shape.num_kv_heads, 1];
+                self.device.launch(function, grid, 256, 0, &args)?;
+            }
         }
         if batch.any_decode {
             self.attend_decode_rows("attention_decode", qkv, shape, batch, kv, out, &[])?;
@@ -1132,7 +1171,7 @@ mod tests {
             options.kv = vec![dtype];
             // Different kernels take different numbers of rows.
             options.batch_invariant = false;
-            options.rows = vec![1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 130, 200, 512];
+            options.rows = vec![1, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 65, 130, 200, 257, 512, 1030];
             options.shapes = Shapes::aligned();
             conformance(&mut CudaBackend::new(0, dtype, true).expect("a device"), &options);
         }

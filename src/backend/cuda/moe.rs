@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::driver::{Arg, Device, Memory};
-use super::linear::{stream_shared_bytes, streams};
+use super::driver::{Arg, Device, Memory, TensorMap};
+use super::linear::{WIDE_SHARED_BYTES, WIDE_THREADS, stream_shared_bytes, streams};
 use super::{CudaBackend, CudaTensor, CudaWeight, Value, need};
 use crate::backend::{DType, Result, RouteShape};
 
@@ -75,7 +75,7 @@ const fn expert_shared_bytes(tiles: usize) -> usize {
 }
 
 /// `AddShared`.
-const ADD_SHARED_BYTES: usize = 8 * 3 * 256 * 16 + 2 * 8 * 16 * 9 * 4 + 64 * 4 + SKINNY_PAIRS + 8 * 8 * 4 + 8 * 16 * 4;
+const ADD_SHARED_BYTES: usize = 14 * 3 * 256 * 16 + 2 * 8 * 16 * 9 * 4 + 64 * 4 + SKINNY_PAIRS + 8 * 8 * 4 + 8 * 16 * 4;
 
 /// A tile of moe_experts.cu's `*_gemm`.
 struct Tile {
@@ -109,6 +109,15 @@ impl Tile {
                 stages: 3,
             },
         }
+    }
+}
+
+/// Pairs that a tile of moe_wgmma.cu takes: an expert's usual number fits one tile, up to the largest.
+fn wide_pairs(tokens: usize, shape: &RouteShape) -> usize {
+    match tokens * shape.experts_per_token / shape.num_experts {
+        0..=40 => 64,
+        41..=96 => 128,
+        _ => 256,
     }
 }
 
@@ -256,6 +265,14 @@ impl CudaBackend {
         if self.few(r, rows) {
             return self.few_experts(x, rows, w13, w2, r, residual, out);
         }
+        if self.has_wgmma {
+            self.whole("moe_experts", x, rows)?;
+            out.value.set(Value::Parts {
+                from: r.delta.address,
+                count: k,
+            });
+            return self.experts_wide(x, rows, w13, w2, r);
+        }
         let lists = [r.sorted_pairs.address.arg(), r.offsets.address.arg()];
         let (weight, mid, delta) = (r.pair_weight.address.arg(), r.h.address.arg(), r.delta.address.arg());
         // w13: x by token → h by pair; w2: h by pair → delta by pair.
@@ -324,11 +341,11 @@ impl CudaBackend {
                 k.arg(),
             ]
         };
-        // An expert rarely has more than twice its share of tokens; one that has takes another pass.
+        // An expert that has more tokens than a block holds takes another pass over its weights: several times its share is common.
         let share = rows * k / r.shape.num_experts;
         let tiles = match rows {
             0..=8 => 1,
-            _ if share <= 8 => 2,
+            _ if share <= 4 => 2,
             _ => 4,
         };
         let bytes = expert_shared_bytes(tiles);
@@ -363,6 +380,40 @@ impl CudaBackend {
             groups * h / 16,
             bytes,
             &args(r.h.address.arg(), w2, r.delta.address.arg(), h, f),
+        )
+    }
+
+    /// moe_wgmma.cu: both products over persistent tiles; h stands in the lists' order.
+    fn experts_wide(
+        &mut self,
+        x: &CudaTensor,
+        rows: usize,
+        w13: &CudaWeight,
+        w2: &CudaWeight,
+        r: &CudaRouting,
+    ) -> Result<()> {
+        let (e, k, h, f) = (r.shape.num_experts, r.shape.experts_per_token, r.hidden, r.ffn);
+        let pairs = wide_pairs(rows, &r.shape);
+        let lists = [r.sorted_pairs.address.arg(), r.offsets.address.arg()];
+        let launch = |name: &str, maps: &[TensorMap], args: &[u64]| {
+            let name = format!("moe_{name}_wgmma_{}_{pairs}", self.suffix);
+            let function = self.device.function(&name, WIDE_SHARED_BYTES)?;
+            let grid = [self.device.multiprocessors, 1, 1];
+            self.device
+                .launch_mapped(function, grid, WIDE_THREADS, WIDE_SHARED_BYTES, maps, args)
+        };
+        let (mid, x) = (r.h.address.arg(), x.address().arg());
+        let args = [x, lists[0], lists[1], mid, f.arg(), h.arg(), k.arg(), e.arg()];
+        launch("w13", &[w13.gated_map(e)?], &args)?;
+        let maps = [
+            w2.expert_map(e)?,
+            TensorMap::matrix(r.h.address, rows * k, f, pairs / 4)?,
+        ];
+        let (weight, delta) = (r.pair_weight.address.arg(), r.delta.address.arg());
+        launch(
+            "w2",
+            &maps,
+            &[lists[0], lists[1], weight, delta, h.arg(), f.arg(), e.arg()],
         )
     }
 }
