@@ -2,7 +2,8 @@
 //!
 //! `CUDA_HOME` names the toolkit (default: nvcc on the PATH). `RVLLM_CUDA_ARCHS` lists targets, default
 //! `80 86 89 90a 100 120`, with PTX of the last for what comes later; `90a` alone builds six times faster.
-//! A register spill that the kernel file does not allow by a line `// Spills: <kernel>` fails the build.
+//! A register spill on sm_90a that the kernel file does not allow by a line `// Spills: <kernel>` fails the build; elsewhere, where
+//! kernels are correct but not tuned, it does not.
 
 use std::env;
 use std::fs;
@@ -105,13 +106,14 @@ fn compile(nvcc: &Path, archs: &[String], source: &Path, out: &Path) {
         .filter_map(|l| l.strip_prefix("// Spills: "))
         .map(str::trim)
         .collect();
-    let mut kernel = "";
+    let (mut kernel, mut is_tuned) = ("", false);
     for line in log.lines() {
         if let Some((_, rest)) = line.split_once("entry function '") {
             kernel = rest.split('\'').next().unwrap_or("");
+            is_tuned = line.contains("'sm_90a'");
         }
-        if line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores") && !allowed.contains(&kernel)
-        {
+        let spills = line.contains("bytes spill stores") && !line.contains(" 0 bytes spill stores");
+        if is_tuned && spills && !allowed.contains(&kernel) {
             panic!("{}: {kernel} spills registers: {}", source.display(), line.trim());
         }
     }
