@@ -49,6 +49,13 @@ pub enum LogprobsMode {
     ProcessedLogits,
 }
 
+/// Most ids in `logit_bias` and `min_tokens_suppressed` together: what executors keep of a slot has a fixed size.
+pub const MAX_EDITED_TOKENS: usize = 1024;
+/// Most sequences in `bad_words`.
+pub const MAX_BAD_WORDS: usize = 128;
+/// Most tokens in `bad_words`.
+pub const MAX_BAD_WORD_TOKENS: usize = 1024;
+
 /// How a slot's tokens are chosen. Values are validated above the engine; ids are inside the vocabulary.
 ///
 /// Order of application, as vLLM's: allowed ids, bad words, min_tokens, logit bias, penalties (repetition over prompt and

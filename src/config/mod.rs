@@ -15,6 +15,7 @@ mod limits;
 pub mod logging;
 pub mod observability;
 mod pooling;
+mod request_limits;
 pub mod resolve;
 mod routes;
 
@@ -25,6 +26,7 @@ use serde_json::{Map, Value};
 
 pub use info::ServerInfo;
 pub use pooling::{Dimensions, Pooling, PoolingConfig};
+pub use request_limits::RequestLimits;
 pub use routes::RoutesConfig;
 
 use self::http::HttpConfig;
@@ -263,6 +265,9 @@ pub struct ServerConfig {
     /// 0 = off.
     pub sse_keep_alive_s: u64,
     pub max_body_bytes: usize,
+    pub request_limits: RequestLimits,
+    /// `VLLM_SKIP_MODEL_NAME_VALIDATION`: every name is the served model.
+    pub any_model_name: bool,
     /// `VLLM_ENABLE_RESPONSES_API_STORE`: responses can be asked for again.
     pub responses_store: bool,
     /// `system_fingerprint`; none = null.

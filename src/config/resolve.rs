@@ -10,8 +10,8 @@ use super::environment::Environment;
 use super::files::Locator;
 use super::{
     CacheConfig, ChatConfig, Config, DeviceConfig, DeviceKind, GenerationDefaults, LoadFormat, ModelConfig, ModelFiles,
-    ParserChoice, RoutesConfig, ServerConfig, StructuredOutputsConfig, VLLM_VERSION, checkpoint, http, limits,
-    observability, pooling,
+    ParserChoice, RequestLimits, RoutesConfig, ServerConfig, StructuredOutputsConfig, VLLM_VERSION, checkpoint, http,
+    limits, observability, pooling,
 };
 use crate::backend::DType;
 use crate::step::LogprobsMode;
@@ -413,6 +413,8 @@ fn server(args: &ServeArgs, env: &Environment, fingerprint: Option<String>) -> R
         max_body_bytes: env
             .parsed("VLLM_HTTP_MAX_REQUEST_BODY_SIZE")?
             .unwrap_or(DEFAULT_BODY_BYTES),
+        request_limits: RequestLimits::resolve(env)?,
+        any_model_name: env.is_on("VLLM_SKIP_MODEL_NAME_VALIDATION"),
         fingerprint,
         routes: RoutesConfig::resolve(flags, env),
     })

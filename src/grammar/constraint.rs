@@ -77,7 +77,7 @@ struct InReasoning {
 }
 
 impl InReasoning {
-    fn new(ends: Reasoning) -> Phase {
+    fn begin(ends: Reasoning) -> Phase {
         Phase::Reasoning(Self {
             ends,
             last: Vec::new(),
@@ -104,7 +104,7 @@ impl ConstraintState {
             guard: grammar.guard(),
             phase: match &constraint.start {
                 Start::Now => Phase::Grammar,
-                Start::AfterReasoning(reasoning) => InReasoning::new(reasoning.clone()),
+                Start::AfterReasoning(reasoning) => InReasoning::begin(reasoning.clone()),
                 Start::MayReason { open, reasoning } => Phase::Undecided {
                     open: *open,
                     reasoning: reasoning.clone(),
@@ -131,7 +131,7 @@ impl ConstraintState {
     pub fn push(&mut self, token: u32) -> Result<(), Violation> {
         match &mut self.phase {
             Phase::Undecided { open, reasoning } if *open == token => {
-                self.phase = InReasoning::new(std::mem::take(reasoning));
+                self.phase = InReasoning::begin(std::mem::take(reasoning));
                 Ok(())
             }
             Phase::Undecided { reasoning, .. } => {

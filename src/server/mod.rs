@@ -140,8 +140,10 @@ impl App {
     /// # Errors
     /// 404 for a model that is not served.
     pub fn model_name(&self, requested: Option<&str>) -> Result<&str, error::ApiError> {
+        let first = || self.model.served_names.first().map_or("", String::as_str);
         match requested {
-            None | Some("") => Ok(self.model.served_names.first().map_or("", String::as_str)),
+            None | Some("") => Ok(first()),
+            Some(_) if self.config.any_model_name => Ok(first()),
             Some(name) => self
                 .model
                 .served_names

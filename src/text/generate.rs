@@ -11,6 +11,7 @@ use tokio::sync::Semaphore;
 use super::detokenizer::Detokenizer;
 use super::logprobs::text_logprobs;
 use super::request_log::{self, OutputLog};
+use super::sampling::check_edited_tokens;
 use super::stop::StopBuffer;
 use super::tokenizer::TokenizerError;
 use super::{GenerateRequest, TextDelta, TextError, TextFinish, Tokenizer};
@@ -266,6 +267,7 @@ impl TextEngine {
             suppressed.dedup();
             sampling.min_tokens_suppressed = suppressed;
         }
+        check_edited_tokens(&sampling)?;
         let read_prefix_cache = sampling.prompt_logprobs.is_none();
         let arrival = Instant::now();
         let group = ChoiceGroup::new(request.n);

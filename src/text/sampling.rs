@@ -1,13 +1,9 @@
 //! What a request asks of sampling, checked and completed: one rule book for all endpoints.
 
 use super::{TextError, Tokenizer};
-use crate::config::GenerationDefaults;
-use crate::step::{LogprobsMode, SamplingParams, TokenId};
+use crate::config::{GenerationDefaults, RequestLimits};
+use crate::step::{LogprobsMode, MAX_BAD_WORDS, MAX_EDITED_TOKENS, SamplingParams, TokenId};
 
-/// Choices per prompt. Differs from vLLM: 16,384 there.
-pub const MAX_CHOICES: i64 = 128;
-pub const MAX_STOP_STRINGS: usize = 4;
-pub const MAX_BAD_WORDS: usize = 128;
 /// Entries of `logit_bias`, `allowed_token_ids` and `stop_token_ids` together.
 const MAX_LISTED_TOKENS: usize = 1 << 18;
 /// Temperatures below are greedy.
@@ -51,6 +47,7 @@ pub struct SamplingOptions {
 /// What the model and the server allow.
 #[derive(Clone, Debug)]
 pub struct SamplingRules<'a> {
+    pub limits: RequestLimits,
     pub defaults: &'a GenerationDefaults,
     pub tokenizer: &'a Tokenizer,
     pub vocab_size: usize,
@@ -89,10 +86,12 @@ pub fn fresh_seed() -> u64 {
 pub fn resolve_sampling(options: SamplingOptions, rules: &SamplingRules<'_>) -> Result<ResolvedSampling, TextError> {
     let defaults = rules.defaults;
     let n = options.n.unwrap_or(1);
-    if !(1..=MAX_CHOICES).contains(&n) {
-        return Err(TextError::invalid(format!(
-            "n must be at least 1 and at most {MAX_CHOICES}, got {n}."
-        )));
+    if n < 1 {
+        return Err(TextError::invalid(format!("n must be at least 1, got {n}.")));
+    }
+    let max_n = rules.limits.max_n;
+    if n > max_n as i64 {
+        return Err(TextError::parameter("n", n, format!("n must be at most {max_n}.")));
     }
     let temperature = temperature(pick(options.temperature, defaults.temperature, 1.0))?;
     let top_p = pick(options.top_p, defaults.top_p, 1.0);
@@ -151,12 +150,6 @@ pub fn resolve_sampling(options: SamplingOptions, rules: &SamplingRules<'_>) -> 
         )));
     }
 
-    if options.stop.len() > MAX_STOP_STRINGS {
-        let len = options.stop.len();
-        return Err(TextError::invalid(format!(
-            "at most {MAX_STOP_STRINGS} stop strings are allowed, got {len}."
-        )));
-    }
     if options.stop.iter().any(String::is_empty) {
         return Err(TextError::invalid("stop cannot contain an empty string."));
     }
@@ -388,11 +381,13 @@ fn allowed_token_ids(ids: &[i64], rules: &SamplingRules<'_>) -> Result<Vec<Token
 
 /// Each word as it is tokenized at a text's start and, where that differs, after a space.
 fn bad_words(words: &[String], rules: &SamplingRules<'_>) -> Result<Vec<Vec<TokenId>>, TextError> {
-    if words.len() > MAX_BAD_WORDS {
-        let len = words.len();
-        return Err(TextError::invalid(format!(
-            "at most {MAX_BAD_WORDS} bad_words are allowed, got {len}."
-        )));
+    let (len, max_len) = (words.len(), rules.limits.max_bad_words);
+    if len > max_len {
+        return Err(TextError::parameter(
+            "bad_words",
+            len,
+            format!("at most {max_len} bad_words are allowed, got {len}."),
+        ));
     }
     let mut sequences: Vec<Vec<TokenId>> = Vec::new();
     for word in words {
@@ -416,7 +411,34 @@ fn bad_words(words: &[String], rules: &SamplingRules<'_>) -> Result<Vec<Vec<Toke
     }
     // Ids of added tokens may lie above the model's vocabulary; such a word cannot be sampled.
     sequences.retain(|ids| ids.iter().all(|&id| (id as usize) < rules.vocab_size));
+    sequences.sort_unstable();
+    sequences.dedup();
+    let num_tokens: usize = sequences.iter().map(Vec::len).sum();
+    let max_tokens = rules.limits.max_bad_word_tokens;
+    if sequences.len() > MAX_BAD_WORDS || num_tokens > max_tokens {
+        return Err(TextError::invalid(format!(
+            "bad_words must come to at most {MAX_BAD_WORDS} spellings (with and without a space before) of {max_tokens} \
+             tokens, got {} of {num_tokens}.",
+            sequences.len()
+        )));
+    }
     Ok(sequences)
+}
+
+/// # Errors
+/// The request biases and holds back more tokens than an executor keeps.
+pub(super) fn check_edited_tokens(sampling: &SamplingParams) -> Result<(), TextError> {
+    let mut biased: Vec<TokenId> = sampling.logit_bias.iter().map(|(id, _)| *id).collect();
+    biased.sort_unstable();
+    biased.dedup();
+    let num_edited = biased.len() + sampling.min_tokens_suppressed.len();
+    if num_edited <= MAX_EDITED_TOKENS {
+        return Ok(());
+    }
+    let message = format!(
+        "logit_bias and, with min_tokens, stop_token_ids may name at most {MAX_EDITED_TOKENS} tokens, got {num_edited}."
+    );
+    Err(TextError::parameter("logit_bias", num_edited, message))
 }
 
 #[cfg(test)]

@@ -76,6 +76,7 @@ pub fn resolve(fields: &SamplingFields, endpoint: EndpointSampling, app: &App) -
         ..GenerationDefaults::default()
     };
     let rules = SamplingRules {
+        limits: app.config.request_limits,
         defaults: if endpoint.neutral_defaults {
             &neutral
         } else {

@@ -1,15 +1,12 @@
 //! Rules on the fields that chat and completions share. Bounds of the sampling values themselves are the text layer's.
 
 use super::types::SamplingFields;
+use crate::config::RequestLimits;
 use crate::engine::RepetitionDetection;
 use crate::server::error::ApiError;
+use crate::server::field::StringOrList;
 use crate::server::fields;
 
-/// Most stop strings of a request.
-const MAX_STOP_STRINGS: usize = 4;
-const MAX_BAD_WORDS: usize = 128;
-/// Above this a request is refused rather than queued n times. vLLM's limit is 16384.
-const MAX_N: i64 = 128;
 const MAX_CACHE_SALT_CHARS: usize = 128;
 /// vLLM detects nothing above its own bound; here it is an error.
 const MAX_PATTERN_SIZE: i64 = 4096;
@@ -17,7 +14,7 @@ const MAX_PATTERN_COUNT: i64 = 1 << 20;
 
 /// # Errors
 /// 400 that names the field.
-pub fn check_shared(fields: &SamplingFields) -> Result<(), ApiError> {
+pub fn check_shared(fields: &SamplingFields, limits: &RequestLimits) -> Result<(), ApiError> {
     let streams = fields.stream.unwrap_or(false);
     if fields.stream_options.is_some() && !streams {
         return Err(ApiError::invalid(
@@ -31,27 +28,10 @@ pub fn check_shared(fields: &SamplingFields) -> Result<(), ApiError> {
             "`prompt_logprobs` are not available when `stream=True`.",
         ));
     }
-    check_n(fields)?;
     if let Some(salt) = &fields.cache_salt {
         check_cache_salt(salt)?;
     }
-    if fields.stop.as_ref().is_some_and(|stop| stop.0.len() > MAX_STOP_STRINGS) {
-        return Err(ApiError::validation(
-            "too_long",
-            &["stop".to_owned()],
-            &format!("List should have at most {MAX_STOP_STRINGS} items after validation"),
-        ));
-    }
-    if fields
-        .bad_words
-        .as_ref()
-        .is_some_and(|words| words.len() > MAX_BAD_WORDS)
-    {
-        return Err(ApiError::invalid(
-            "bad_words",
-            format!("at most {MAX_BAD_WORDS} bad words are allowed"),
-        ));
-    }
+    check_stop(fields.stop.as_ref(), limits)?;
     check_lowest("truncate_prompt_tokens", fields.truncate_prompt_tokens, -1)?;
     check_lowest("stream_interval", fields.stream_interval, 1)?;
     check_lowest("routed_experts_prompt_start", fields.routed_experts_prompt_start, 0)?;
@@ -131,15 +111,16 @@ fn check_beam_search(fields: &SamplingFields) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn check_n(fields: &SamplingFields) -> Result<(), ApiError> {
-    let n = fields.n.unwrap_or(1);
-    if n < 1 {
-        return Err(ApiError::bad_request(format!("n must be at least 1, got {n}.")));
+fn check_stop(stop: Option<&StringOrList>, limits: &RequestLimits) -> Result<(), ApiError> {
+    let max = limits.max_stop_strings;
+    if stop.is_none_or(|stop| stop.0.len() <= max) {
+        return Ok(());
     }
-    if n > MAX_N {
-        return Err(ApiError::invalid_value("n", format!("n must be at most {MAX_N}."), n));
-    }
-    Ok(())
+    Err(ApiError::validation(
+        "too_long",
+        &["stop".to_owned()],
+        &format!("List should have at most {max} items after validation"),
+    ))
 }
 
 /// # Errors
@@ -178,7 +159,8 @@ mod tests {
 
     fn check(json: &str) -> Result<(), (String, u16)> {
         let fields: SamplingFields = parse(json.as_bytes()).unwrap();
-        check_shared(&fields).map_err(|error| (error.param.unwrap_or_default(), error.status.as_u16()))
+        check_shared(&fields, &RequestLimits::DEFAULT)
+            .map_err(|error| (error.param.unwrap_or_default(), error.status.as_u16()))
     }
 
     #[test]
@@ -186,8 +168,6 @@ mod tests {
         for (json, param) in [
             (r#"{"stream_options":{"include_usage":true}}"#, "stream_options"),
             (r#"{"stream":true,"prompt_logprobs":1}"#, "prompt_logprobs"),
-            (r#"{"n":0}"#, ""),
-            (r#"{"n":1000000000}"#, "n"),
             (r#"{"cache_salt":""}"#, "cache_salt"),
             (r#"{"cache_salt":"a/b"}"#, "cache_salt"),
             (r#"{"stop":["a","b","c","d","e"]}"#, "body.stop"),

@@ -57,7 +57,7 @@ pub async fn generate(
     fields.cache_salt = body.cache_salt.take();
     fields.priority = body.priority;
     fields.request_id = body.request_id.take();
-    check_shared(&fields)?;
+    check_shared(&fields, &app.config.request_limits)?;
 
     let context = RequestContext::new("generate-tokens-", body.model.as_deref(), &fields, &headers, &app)?;
     let endpoint = EndpointSampling {

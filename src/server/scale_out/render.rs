@@ -62,7 +62,7 @@ pub async fn completion(
 ) -> Result<Json<Vec<Value>>, ApiError> {
     check_enabled(&app)?;
     check(&request.sampling)?;
-    completions::validate::check(&request, app.model.max_model_len)?;
+    completions::validate::check(&request, &app.config.request_limits, app.model.max_model_len)?;
     let asked = Asked::new(request.model.as_deref(), &request.sampling);
     let context = RequestContext::new("cmpl-", request.model.as_deref(), &request.sampling, &headers, &app)?;
     let converting = app.clone();

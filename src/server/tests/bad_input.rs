@@ -147,6 +147,9 @@ async fn lists_of_tokens_and_words() {
     let far = 1_000_000_000_000_i64;
     let many: Vec<u32> = (0..1_000_000).map(|id| id % 2048).collect();
     let words = |count: usize| Value::from(vec!["bad"; count]);
+    // Each is spelled in two ways.
+    let spellings = |count: usize| (0..count).map(|i| format!("b{i}d")).collect::<Value>();
+    let biases = |count: usize| Value::Object((0..count).map(|id| (id.to_string(), json!(1))).collect());
     let cases = vec![
         (
             COMPLETIONS,
@@ -214,7 +217,20 @@ async fn lists_of_tokens_and_words() {
         (COMPLETIONS, completion("bad_words", words(129)), Some("bad_words")),
         (COMPLETIONS, completion("bad_words", words(100_000)), Some("bad_words")),
         (COMPLETIONS, completion("bad_words", json!([""])), Some("bad_words")),
-        (COMPLETIONS, completion("bad_words", json!(["x".repeat(100_000)])), None),
+        (
+            COMPLETIONS,
+            completion("bad_words", json!(["x".repeat(100_000)])),
+            Some("bad_words"),
+        ),
+        (COMPLETIONS, completion("bad_words", spellings(60)), None),
+        (COMPLETIONS, completion("bad_words", spellings(128)), Some("bad_words")),
+        (COMPLETIONS, completion("logit_bias", biases(1024)), None),
+        (COMPLETIONS, completion("logit_bias", biases(1025)), Some("logit_bias")),
+        (
+            COMPLETIONS,
+            json!({"prompt": "a", "max_tokens": 2, "min_tokens": 1, "stop_token_ids": (0..1025).collect::<Vec<u32>>()}),
+            Some("stop_token_ids"),
+        ),
         (COMPLETIONS, completion("stop", json!([""])), Some("stop")),
         (COMPLETIONS, completion("stop", json!(["x".repeat(100_000)])), None),
         (COMPLETIONS, completion("stop", json!(vec!["a"; 1025])), Some("stop")),
@@ -229,6 +245,39 @@ async fn lists_of_tokens_and_words() {
     ];
     let mut setup = Setup::default();
     setup.server.max_body_bytes = 32 << 20;
+    each(setup, cases).await;
+}
+
+#[tokio::test]
+async fn limits_are_what_the_operator_sets() {
+    let mut setup = Setup::default();
+    setup.server.any_model_name = true;
+    setup.server.request_limits = RequestLimits {
+        max_n: 2,
+        max_prompts: 3,
+        max_stop_strings: 1,
+        max_bad_words: 1,
+        max_bad_word_tokens: 3,
+    };
+    let cases = vec![
+        (
+            COMPLETIONS,
+            json!({"prompt": "a", "max_tokens": 2, "temperature": 1, "n": 2}),
+            None,
+        ),
+        (COMPLETIONS, completion("n", json!(3)), Some("n must be at most 2")),
+        (COMPLETIONS, completion("prompt", json!(["a", "b", "c"])), None),
+        (
+            COMPLETIONS,
+            completion("prompt", json!(["a", "b", "c", "d"])),
+            Some("prompt"),
+        ),
+        (CHAT, chat("stop", json!(["x", "y"])), Some("stop")),
+        ("/v1/responses", json!({"input": "a", "stop": ["x", "y"]}), Some("stop")),
+        (CHAT, chat("bad_words", json!(["x", "y"])), Some("bad_words")),
+        (CHAT, chat("bad_words", json!(["a longer phrase"])), Some("bad_words")),
+        (CHAT, chat("model", json!("whatever")), None),
+    ];
     each(setup, cases).await;
 }
 

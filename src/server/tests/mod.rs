@@ -29,8 +29,8 @@ use super::{App, ServedModel, router};
 use crate::chat::ChatEngine;
 use crate::config::http::HttpConfig;
 use crate::config::{
-    ChatConfig, GenerationDefaults, ModelFiles, ParserChoice, PoolingConfig, RoutesConfig, ServerConfig, ServerInfo,
-    StructuredOutputsConfig,
+    ChatConfig, GenerationDefaults, ModelFiles, ParserChoice, PoolingConfig, RequestLimits, RoutesConfig, ServerConfig,
+    ServerInfo, StructuredOutputsConfig,
 };
 use crate::engine::EngineHandle;
 use crate::engine::scripted::{self, ScriptControl, ScriptedExecutor};
@@ -110,6 +110,8 @@ fn server_config() -> ServerConfig {
         shutdown_timeout_s: 0,
         sse_keep_alive_s: 0,
         max_body_bytes: 1 << 20,
+        request_limits: RequestLimits::DEFAULT,
+        any_model_name: false,
         fingerprint: Some("vllm-test".into()),
         responses_store: false,
         routes: RoutesConfig {
@@ -148,8 +150,12 @@ impl Setup {
         self.build().0
     }
 
-    fn build(self) -> (App, ScriptControl) {
+    fn build(mut self) -> (App, ScriptControl) {
         let checkpoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("compat-tests/goldens/tiny-moe/checkpoint");
+        // With tools the template tells today's date, and dates have different numbers of tokens.
+        let template = std::fs::read_to_string(checkpoint.join("chat_template.jinja")).unwrap();
+        let template = template.replace(r#"strftime_now("%Y-%m-%d")"#, r#""2026-11-25""#);
+        self.chat.template.get_or_insert(template);
         let tokenizer = Arc::new(Tokenizer::load(&ModelFiles::Directory(checkpoint)).unwrap());
         let mut reply = tokenizer.encode(&self.reply, false).unwrap();
         reply.push(EOS);

@@ -72,6 +72,7 @@ pub fn checked(request: ChatCompletionRequest, context: RequestContext, app: &Ap
         trust_request_template: app.chat_config.trust_request_template,
         has_tool_parser: app.chat.parsers().tool.is_some(),
         max_model_len: app.model.max_model_len,
+        limits: app.config.request_limits,
     };
     let tool_choice = validate::check(&request, rules)?;
     convert(request, tool_choice, app, context)

@@ -4,6 +4,7 @@ use serde_json::{Map, Value};
 
 use super::types::ChatCompletionRequest;
 use crate::chat::ToolChoice;
+use crate::config::RequestLimits;
 use crate::server::error::ApiError;
 use crate::server::openai::validate::check_shared;
 
@@ -18,6 +19,7 @@ pub struct ChatRules {
     /// Tool calls can be read from the model's output.
     pub has_tool_parser: bool,
     pub max_model_len: usize,
+    pub limits: RequestLimits,
 }
 
 /// What the model may do with the tools, if all is well.
@@ -31,7 +33,7 @@ pub fn check(request: &ChatCompletionRequest, rules: ChatRules) -> Result<ToolCh
     if messages.is_empty() {
         return Err(ApiError::bad_request("messages must not be empty"));
     }
-    check_shared(&request.sampling)?;
+    check_shared(&request.sampling, &rules.limits)?;
     check_logprobs(request)?;
     check_max_tokens(request, rules.max_model_len)?;
     let tool_choice = tool_choice(request, rules.has_tool_parser)?;
@@ -243,6 +245,7 @@ mod tests {
         trust_request_template: false,
         has_tool_parser: true,
         max_model_len: 64,
+        limits: RequestLimits::DEFAULT,
     };
     const TOOL: &str = r#"{"type":"function","function":{"name":"f"}}"#;
 

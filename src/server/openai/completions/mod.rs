@@ -30,7 +30,7 @@ pub async fn create(
     headers: HeaderMap,
     JsonBody(request): JsonBody<CompletionRequest>,
 ) -> Result<Response, ApiError> {
-    validate::check(&request, app.model.max_model_len)?;
+    validate::check(&request, &app.config.request_limits, app.model.max_model_len)?;
     let context = RequestContext::new("cmpl-", request.model.as_deref(), &request.sampling, &headers, &app)?;
     let streams = request.sampling.stream.unwrap_or(false);
     let grammar = match grammar_spec(&request.sampling, &app.chat_config.structured_outputs)? {

@@ -1,16 +1,14 @@
 //! Rules of `/v1/completions`.
 
 use super::types::{CompletionRequest, Prompt};
+use crate::config::RequestLimits;
 use crate::server::error::ApiError;
 use crate::server::fields;
 use crate::server::openai::validate::check_shared;
 
-/// Most prompts of one request.
-const MAX_PROMPTS: usize = 1024;
-
 /// # Errors
 /// 400 that names the field.
-pub fn check(request: &CompletionRequest, max_model_len: usize) -> Result<(), ApiError> {
+pub fn check(request: &CompletionRequest, limits: &RequestLimits, max_model_len: usize) -> Result<(), ApiError> {
     if request.prompt_embeds.is_some() {
         return Err(fields::refused("prompt_embeds"));
     }
@@ -18,8 +16,9 @@ pub fn check(request: &CompletionRequest, max_model_len: usize) -> Result<(), Ap
         return Err(ApiError::invalid("suffix", "suffix is not currently supported"));
     }
     check_beam_search(request)?;
-    check_prompts(request.prompt.as_ref().map_or(&[], |prompts| prompts.0.as_slice()))?;
-    check_shared(&request.sampling)?;
+    let prompts = request.prompt.as_ref().map_or(&[][..], |prompts| &prompts.0);
+    check_prompts(prompts, limits.max_prompts)?;
+    check_shared(&request.sampling, limits)?;
     if let Some(count) = request.logprobs.filter(|count| *count < 0 && *count != -1) {
         return Err(ApiError::invalid_value(
             "logprobs",
@@ -49,17 +48,17 @@ fn check_beam_search(request: &CompletionRequest) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn check_prompts(prompts: &[Prompt]) -> Result<(), ApiError> {
+fn check_prompts(prompts: &[Prompt], max_prompts: usize) -> Result<(), ApiError> {
     if prompts.is_empty() {
         return Err(ApiError::invalid(
             "prompt",
             "Either prompt or prompt_embeds must be provided and non-empty.",
         ));
     }
-    if prompts.len() > MAX_PROMPTS {
+    if prompts.len() > max_prompts {
         return Err(ApiError::invalid(
             "prompt",
-            format!("at most {MAX_PROMPTS} prompts are allowed"),
+            format!("at most {max_prompts} prompts are allowed"),
         ));
     }
     let empty = |prompt: &Prompt| match prompt {
@@ -101,7 +100,7 @@ mod tests {
 
     fn failure(json: &str) -> Option<String> {
         let request: CompletionRequest = parse(json.as_bytes()).unwrap();
-        check(&request, 64).err().map(|error| {
+        check(&request, &RequestLimits::DEFAULT, 64).err().map(|error| {
             assert_eq!(error.status, 400);
             error.param.unwrap_or_default()
         })

@@ -9,8 +9,6 @@ use crate::server::field::Choice;
 use crate::server::fields;
 use crate::server::openai::chat_completions::types::ReasoningEfforts;
 
-const MAX_STOP_STRINGS: usize = 4;
-
 /// What was read from fields that are also repeated in the answer.
 #[derive(Debug, Default)]
 pub struct Options {
@@ -145,17 +143,6 @@ fn check_bounds(request: &ResponsesRequest) -> Result<(), ApiError> {
             ));
         }
     }
-    if sampling
-        .stop
-        .as_ref()
-        .is_some_and(|stop| stop.0.len() > MAX_STOP_STRINGS)
-    {
-        return Err(ApiError::validation(
-            "too_long",
-            &["stop".to_owned()],
-            &format!("List should have at most {MAX_STOP_STRINGS} items after validation"),
-        ));
-    }
     Ok(())
 }
 
@@ -217,7 +204,6 @@ mod tests {
             ),
             (r#","include":["everything"]"#, "body.include.0"),
             (r#","presence_penalty":3"#, "body.presence_penalty"),
-            (r#","stop":["a","b","c","d","e"]"#, "body.stop"),
             (r#","truncation":"some""#, "body.truncation"),
             (r#","service_tier":"gold""#, "body.service_tier"),
             (r#","reasoning":{"effort":"huge"}"#, "body.reasoning.effort"),
