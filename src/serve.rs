@@ -169,7 +169,7 @@ fn load_on<B: Backend>(backend: B, config: &mut Config, phases: &mut Phases) -> 
     tracing::info!("Loading weights took {:.2} seconds", (loaded - start).as_secs_f64());
     phases.done_at("weights", loaded);
     phases.done("buffers");
-    memory::log(&plan);
+    memory::log(&plan, config.device.kind != DeviceKind::Cpu);
     Ok(executor)
 }
 

@@ -114,7 +114,7 @@ fn row(flag: &Flag) -> String {
             text += &format!(" Here: {better}.");
             "better"
         }
-        (Verdict::Honoured, None) if flag.allow.is_some() => "in part",
+        (Verdict::Honoured, None) if flag.in_part || flag.allow.is_some() => "in part",
         (Verdict::Honoured, None) => "same",
         (Verdict::Accepted, _) => "accepted",
         (Verdict::Refused, _) => "refused",

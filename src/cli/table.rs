@@ -93,6 +93,9 @@ pub struct Flag {
     pub otherwise: Option<String>,
     /// Where this server does more than vLLM.
     pub better: Option<String>,
+    /// Honoured, but not all that vLLM does by it; `text` tells what.
+    #[serde(default)]
+    pub in_part: bool,
 }
 
 impl Flag {

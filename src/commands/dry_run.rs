@@ -306,6 +306,10 @@ fn text(report: &Report, plan: &MemoryPlan) -> String {
     );
     line("API keys", server.api_keys.to_string());
     let _ = writeln!(out, "\n{plan}\n  conv slots  {:>12}", memory.conv_slots);
+    if device.kind != "cpu" {
+        out +=
+            "The driver's context, the kernels and the CUDA graphs are not in the plan: they take of what is left.\n";
+    }
 
     if !flags.is_empty() {
         out += "\nflags\n";

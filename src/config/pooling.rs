@@ -2,8 +2,12 @@
 
 use serde_json::{Map, Value};
 
+use super::ModelFiles;
 use super::args::ModelArgs;
 use super::resolve::ConfigError;
+
+/// What sentence-transformers makes of a checkpoint, in order.
+const MODULES: &str = "modules.json";
 
 /// What a pooled prompt is of the final hidden states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,8 +39,12 @@ pub enum Dimensions {
 /// None: the model generates.
 ///
 /// # Errors
-/// The flags contradict one another, or ask of `--pooler-config` what there is not.
-pub(super) fn resolve(flags: &ModelArgs, hf_config: &Value) -> Result<Option<PoolingConfig>, ConfigError> {
+/// The flags contradict one another, or ask of `--pooler-config` what there is not; or so do the checkpoint's files.
+pub(super) fn resolve(
+    flags: &ModelArgs,
+    files: &ModelFiles,
+    hf_config: &Value,
+) -> Result<Option<PoolingConfig>, ConfigError> {
     let pools = match (flags.runner.as_str(), flags.convert.as_str()) {
         ("pooling", "none") => {
             let message = "none: an LFM2 checkpoint generates; --runner pooling needs embed";
@@ -55,7 +63,11 @@ pub(super) fn resolve(flags: &ModelArgs, hf_config: &Value) -> Result<Option<Poo
         };
     }
     let empty = Map::new();
-    let (pooling, normalize) = pooler(config.unwrap_or(&empty))?;
+    let config = config.unwrap_or(&empty);
+    let names_kind = ["pooling_type", "seq_pooling_type"]
+        .iter()
+        .any(|key| config.contains_key(*key));
+    let (pooling, normalize) = pooler(config, checkpoints(files, names_kind)?)?;
     let listed = hf_config.get("matryoshka_dimensions").and_then(Value::as_array);
     let is_matryoshka = hf_config.get("is_matryoshka") == Some(&Value::Bool(true));
     Ok(Some(PoolingConfig {
@@ -69,9 +81,58 @@ pub(super) fn resolve(flags: &ModelArgs, hf_config: &Value) -> Result<Option<Poo
     }))
 }
 
-fn pooler(config: &Map<String, Value>) -> Result<(Pooling, bool), ConfigError> {
+/// What the checkpoint's sentence-transformers modules say, else the last token's state with length 1. `overruled`: a flag
+/// names the kind of pooling.
+///
+/// # Errors
+/// A file is damaged, or asks for a kind of pooling that is not offered.
+fn checkpoints(files: &ModelFiles, overruled: bool) -> Result<(Pooling, bool), ConfigError> {
+    const DEFAULT: (Pooling, bool) = (Pooling::Last, true);
+    let modules = files
+        .read(MODULES)
+        .map_err(|error| ConfigError::new(files.describe(MODULES), error.to_string()))?;
+    let Some(modules) = modules else { return Ok(DEFAULT) };
+    let modules: Vec<Value> = serde_json::from_slice(&modules)
+        .map_err(|error| ConfigError::new(files.describe(MODULES), error.to_string()))?;
+    let module = |kind: &str| {
+        let ends = |module: &&Value| {
+            module["type"]
+                .as_str()
+                .is_some_and(|name| name.rsplit('.').next() == Some(kind))
+        };
+        modules.iter().find(ends)
+    };
+    let Some(path) = module("Pooling").and_then(|module| module["path"].as_str()) else {
+        return Ok(DEFAULT);
+    };
+    let normalize = module("Normalize").is_some();
+    // The folder is beside the others; a path that leads elsewhere is not followed.
+    if path.is_empty() || path.contains(['/', '\\']) || path.starts_with('.') {
+        return Err(ConfigError::new(
+            files.describe(MODULES),
+            format!("the path {path:?} is no folder of the checkpoint"),
+        ));
+    }
+    let name = format!("{path}/config.json");
+    let config = files.read_object(&name)?.unwrap_or_default();
+    let is_on = |key: &str| config.get(key) == Some(&Value::Bool(true));
+    let pooling = match (is_on("pooling_mode_mean_tokens"), is_on("pooling_mode_lasttoken")) {
+        (true, false) => Pooling::Mean,
+        (false, true) => Pooling::Last,
+        _ if overruled => Pooling::Last,
+        _ => {
+            let message =
+                "asks for a pooling that is not offered; --pooler-config with pooling_type LAST or MEAN overrules it";
+            return Err(ConfigError::new(files.describe(&name), message));
+        }
+    };
+    Ok((pooling, normalize))
+}
+
+/// `--pooler-config` over what the checkpoint says.
+fn pooler(config: &Map<String, Value>, checkpoint: (Pooling, bool)) -> Result<(Pooling, bool), ConfigError> {
     let error = |message: String| ConfigError::new("--pooler-config", message);
-    let (mut pooling, mut normalize) = (Pooling::Last, true);
+    let (mut pooling, mut normalize) = checkpoint;
     for (name, value) in config.iter().filter(|(_, value)| !value.is_null()) {
         match (name.as_str(), value) {
             ("pooling_type" | "seq_pooling_type", Value::String(kind)) => {
@@ -101,7 +162,7 @@ mod tests {
     use super::*;
 
     fn read(config: Value) -> Result<(Pooling, bool), String> {
-        pooler(config.as_object().unwrap()).map_err(|error| error.to_string())
+        pooler(config.as_object().unwrap(), (Pooling::Last, true)).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -117,5 +178,40 @@ mod tests {
         ] {
             assert!(read(config).unwrap_err().contains(word));
         }
+    }
+
+    #[test]
+    fn sentence_transformers_files_say_how_a_checkpoint_pools() {
+        let read = |modules: Value, pooling: Value, overruled| {
+            let directory = tempfile::tempdir().unwrap();
+            std::fs::write(directory.path().join("modules.json"), modules.to_string()).unwrap();
+            std::fs::create_dir(directory.path().join("1_Pooling")).unwrap();
+            std::fs::write(directory.path().join("1_Pooling/config.json"), pooling.to_string()).unwrap();
+            let files = ModelFiles::Directory(directory.path().to_path_buf());
+            checkpoints(&files, overruled).map_err(|error| error.to_string())
+        };
+        let module =
+            |kind: &str, path: &str| json!({"type": format!("sentence_transformers.models.{kind}"), "path": path});
+        let transformer = module("Transformer", "");
+        let pooling = module("Pooling", "1_Pooling");
+        let both = json!([transformer, pooling, module("Normalize", "2_Normalize")]);
+        let mean = json!({"word_embedding_dimension": 64, "pooling_mode_mean_tokens": true});
+        assert_eq!(read(both.clone(), mean.clone(), false), Ok((Pooling::Mean, true)));
+        let unscaled = json!([transformer, pooling]);
+        let last = json!({"pooling_mode_lasttoken": true, "pooling_mode_mean_tokens": false});
+        assert_eq!(read(unscaled.clone(), last, false), Ok((Pooling::Last, false)));
+        assert_eq!(
+            read(json!([transformer]), mean.clone(), false),
+            Ok((Pooling::Last, true))
+        );
+        let cls = json!({"pooling_mode_cls_token": true});
+        assert!(
+            read(both.clone(), cls.clone(), false)
+                .unwrap_err()
+                .contains("1_Pooling")
+        );
+        assert_eq!(read(both, cls, true), Ok((Pooling::Last, true)));
+        let outside = json!([module("Pooling", "../1_Pooling")]);
+        assert!(read(outside, mean, false).unwrap_err().contains("modules.json"));
     }
 }

@@ -207,7 +207,7 @@ fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError
             "processed_logits" => LogprobsMode::ProcessedLogits,
             _ => LogprobsMode::RawLogprobs,
         },
-        pooling: pooling::resolve(flags, &hf_config)?,
+        pooling: pooling::resolve(flags, &files, &hf_config)?,
         name,
         files,
         hf_config,

@@ -14,10 +14,12 @@ pub struct Selection {
 }
 
 const INDEX: &str = "model.safetensors.index.json";
+const POOLING_FILE: &str = "?_Pooling/config.json";
 
 /// Small files by name; `*` stands for anything.
-const SMALL_FILES: [&str; 12] = [
+const SMALL_FILES: [&str; 13] = [
     "config.json",
+    "modules.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,15 +34,19 @@ const SMALL_FILES: [&str; 12] = [
 ];
 
 impl Selection {
-    /// The wanted ones of `names`, the largest kind last. Only the top directory counts.
+    /// The wanted ones of `names`, the largest kind last. Only the top directory counts, and the folders that
+    /// sentence-transformers numbers.
     pub(super) fn choose(&self, names: &[String]) -> Vec<String> {
         let ignored = |name: &str| self.ignore_patterns.iter().any(|pattern| matches(pattern, name));
+        let pooling = names
+            .iter()
+            .filter(|name| matches(POOLING_FILE, name) && !ignored(name));
         let top = names.iter().filter(|name| !name.contains('/') && !ignored(name));
         let (weights, others): (Vec<&String>, Vec<&String>) = top.partition(|name| name.ends_with(".safetensors"));
         let small = others
             .into_iter()
             .filter(|n| SMALL_FILES.iter().any(|p| matches(p, n)) || (self.weights && *n == INDEX));
-        let mut files: Vec<String> = small.cloned().collect();
+        let mut files: Vec<String> = small.chain(pooling).cloned().collect();
         if self.weights {
             // Some repositories hold the same weights a second time under another name.
             let is_model = |name: &&&String| name.starts_with("model");
@@ -136,6 +142,8 @@ mod tests {
             "pytorch_model.bin",
             "tokenizer.json",
             "onnx/model.onnx",
+            "onnx/config.json",
+            "1_Pooling/config.json",
             "chat_template.jinja",
         ];
         let names: Vec<String> = names.map(str::to_owned).to_vec();
@@ -147,10 +155,12 @@ mod tests {
             "config.json",
             "model.safetensors.index.json",
             "chat_template.jinja",
+            "1_Pooling/config.json",
             "model-1.safetensors",
         ];
         assert_eq!(selection.choose(&names), expected);
         selection.weights = false;
-        assert_eq!(selection.choose(&names), ["config.json", "chat_template.jinja"]);
+        let small = ["config.json", "chat_template.jinja", "1_Pooling/config.json"];
+        assert_eq!(selection.choose(&names), small);
     }
 }

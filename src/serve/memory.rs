@@ -80,8 +80,13 @@ pub fn plan(config: &mut Config, device_bytes: usize) -> anyhow::Result<MemoryPl
 }
 
 /// vLLM's lines on the KV cache, which operators look for, after the whole division of memory.
-pub fn log(plan: &MemoryPlan) {
+///
+/// `on_gpu`: the driver keeps some memory beside the plan.
+pub fn log(plan: &MemoryPlan, on_gpu: bool) {
     tracing::info!("{plan}");
+    if on_gpu {
+        tracing::info!("the driver's context, the kernels and the CUDA graphs take of the rest");
+    }
     let tokens = plan.largest_model_len();
     tracing::info!("GPU KV cache size: {} tokens", grouped(tokens));
     tracing::info!(

@@ -238,7 +238,10 @@ pub static ROUTES: &[Route] = &[
     })
     .tracked()
     .body("ChatCompletionRequest", field::schema_of::<ChatCompletionRequest>),
-    generating("POST", "/v1/chat/completions/batch", || post(batch::create)),
+    generating("POST", "/v1/chat/completions/batch", || post(batch::create)).is(
+        Here::InPart,
+        "fields as in chat, from 1 to 1024 conversations; no streams, tools, beams or n, as in vLLM",
+    ),
     generating("POST", "/v1/completions", || post(openai::completions::create))
         .tracked()
         .body("CompletionRequest", field::schema_of::<CompletionRequest>),

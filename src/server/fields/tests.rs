@@ -8,6 +8,9 @@ use crate::server::openai::chat_completions::types::ChatCompletionRequest;
 use crate::server::openai::completions::types::CompletionRequest;
 use crate::server::openai::responses::types::ResponsesRequest;
 use crate::server::openai::tokenize::types::{DetokenizeRequest, TokenizeRequest};
+use crate::server::pooling::types::{CohereEmbedRequest, EmbeddingRequest, RerankRequest, ScoreRequest};
+use crate::server::scale_out::types::GenerateBody;
+use crate::server::vllm::generative_scoring::GenerativeScoringRequest;
 
 /// The fields that vLLM 0.33 reads, by request type.
 const VLLM: &str = include_str!("vllm.json");
@@ -25,6 +28,28 @@ fn declared() -> Vec<(&'static [&'static str], Map<String, Value>)> {
         (&["AnthropicMessagesRequest"], MessagesRequest::properties()),
         (&["AnthropicCountTokensRequest"], PromptFields::properties()),
         (&["ResponsesRequest"], ResponsesRequest::properties()),
+        (
+            &[
+                "EmbeddingCompletionRequest",
+                "EmbeddingChatRequest",
+                "PoolingCompletionRequest",
+                "PoolingChatRequest",
+            ],
+            EmbeddingRequest::properties(),
+        ),
+        (
+            &[
+                "ScoreQueriesDocumentsRequest",
+                "ScoreQueriesItemsRequest",
+                "ScoreDataRequest",
+                "ScoreTextRequest",
+            ],
+            ScoreRequest::properties(),
+        ),
+        (&["RerankRequest"], RerankRequest::properties()),
+        (&["CohereEmbedRequest"], CohereEmbedRequest::properties()),
+        (&["GenerateRequest"], GenerateBody::properties()),
+        (&["GenerativeScoringRequest"], GenerativeScoringRequest::properties()),
     ]
 }
 

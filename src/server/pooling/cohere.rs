@@ -59,18 +59,21 @@ pub async fn embed(
 
 /// Of `texts`, or of `inputs` whose contents are texts.
 fn texts(body: &CohereEmbedRequest) -> Result<Vec<String>, ApiError> {
-    let given = [body.texts.is_some(), body.images.is_some(), body.inputs.is_some()];
+    let not_text = |field: &str| ApiError::invalid(field, "the model is not a multimodal model");
+    if body.images.is_some() {
+        return Err(not_text("images"));
+    }
+    let given = [body.texts.is_some(), body.inputs.is_some()];
     if given.into_iter().filter(|given| *given).count() != 1 {
         return Err(ApiError::bad_request(
             "Exactly one of texts, images and inputs must be given",
         ));
     }
-    let not_text = |field: &str| ApiError::invalid(field, "the model is not a multimodal model");
     let texts = match (&body.texts, &body.inputs) {
         (Some(texts), _) => texts.clone(),
-        (None, None) => return Err(not_text("images")),
-        (None, Some(inputs)) => inputs
+        (None, inputs) => inputs
             .iter()
+            .flatten()
             .map(|input| {
                 let parts = input["content"]
                     .as_array()

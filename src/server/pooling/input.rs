@@ -9,7 +9,7 @@ use crate::chat::RenderRequest;
 use crate::server::error::ApiError;
 use crate::server::openai::chat_completions::convert::template_kwargs;
 use crate::server::openai::chat_completions::messages::check_messages;
-use crate::server::openai::chat_completions::validate::{check_continuation, check_template_trust};
+use crate::server::openai::chat_completions::validate::{check_continuation, check_media_kwargs, check_template_trust};
 use crate::server::openai::completions::types::Prompt;
 use crate::server::{App, blocking};
 use crate::step::TokenId;
@@ -121,6 +121,7 @@ fn render_request(app: &App, request: &EmbeddingRequest, messages: Vec<Value>) -
     let add_generation_prompt = request.add_generation_prompt.unwrap_or(false);
     let continue_final_message = request.continue_final_message.unwrap_or(false);
     check_continuation(continue_final_message, add_generation_prompt)?;
+    check_media_kwargs(None, request.media_io_kwargs.as_ref())?;
     check_messages(&messages)?;
     Ok(RenderRequest {
         messages,

@@ -17,6 +17,7 @@ use crate::config::{Dimensions, PoolingConfig};
 use crate::server::App;
 use crate::server::error::ApiError;
 use crate::server::ids;
+use crate::server::openai::chat_completions::validate::check_media_kwargs;
 use crate::server::openai::validate::check_cache_salt;
 use crate::step::TokenId;
 use crate::text::PoolRequest;
@@ -46,6 +47,7 @@ impl Request {
         if let Some(salt) = &fields.cache_salt {
             check_cache_salt(salt)?;
         }
+        check_media_kwargs(fields.mm_processor_kwargs.as_ref(), None)?;
         Ok(Self {
             id: format!("{prefix}{}", ids::of_request(headers, fields.request_id.as_deref())),
             model: app.model_name(model)?.to_owned(),

@@ -15,6 +15,7 @@ use super::{Request, input, vectors};
 use crate::server::App;
 use crate::server::body::JsonBody;
 use crate::server::error::ApiError;
+use crate::server::fields;
 use crate::server::openai::completions::types::Prompt;
 use crate::step::TokenId;
 use crate::text::Truncation;
@@ -37,6 +38,7 @@ pub async fn score(
         return Err(ApiError::missing("queries"));
     };
     let request = Request::new(&app, &headers, "score-", body.model.as_deref(), &body.shared)?;
+    check_instruction(body.instruction.as_deref())?;
     let limits = (body.max_tokens_per_query, body.max_tokens_per_doc);
     let pairs = Pairs::new(texts(a, first)?, texts(b, second)?)?;
     let scored = pairs.score(&app, &request, &body.shared, limits).await?;
@@ -69,6 +71,7 @@ pub async fn rerank(
     let top_n = usize::try_from(body.top_n.unwrap_or(0))
         .map_err(|_| ApiError::invalid("top_n", "top_n must not be negative"))?;
     let request = Request::new(&app, &headers, "score-", body.model.as_deref(), &body.shared)?;
+    check_instruction(body.instruction.as_deref())?;
     let limits = (body.max_tokens_per_query, body.max_tokens_per_doc);
     let documents = texts("documents", documents)?;
     let pairs = Pairs::new(texts("query", query)?, documents.clone())?;
@@ -100,6 +103,15 @@ pub async fn rerank(
         },
         results,
     }))
+}
+
+/// # Errors
+/// 400: nothing says where in a prompt it would stand.
+fn check_instruction(instruction: Option<&str>) -> Result<(), ApiError> {
+    match instruction {
+        None | Some("") => Ok(()),
+        Some(_) => Err(fields::refused("instruction")),
+    }
 }
 
 /// A text or a list of texts.

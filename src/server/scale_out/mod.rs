@@ -128,6 +128,7 @@ fn check(body: &GenerateBody) -> Result<(), ApiError> {
                 sampling.extra_args.as_ref().is_some_and(|args| !args.is_empty()),
             ),
             ("flat_logprobs", sampling.flat_logprobs == Some(true)),
+            ("trace_decode_token_ids", sampling.trace_decode_token_ids.is_some()),
         ] {
             if given {
                 return Err(ApiError::unsupported(field));

@@ -45,6 +45,7 @@ request_body! {
         pub flat_logprobs: bool,
         pub skip_reading_prefix_cache: bool,
         pub extra_args: Map<String, Value>,
+        pub trace_decode_token_ids: Value,
         also fields: SamplingFields,
     }
 }

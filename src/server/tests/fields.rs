@@ -3,7 +3,9 @@
 use serde_json::json;
 
 use super::*;
+use crate::config::Dimensions;
 use crate::server::fields;
+use crate::server::routes::{ROUTES, When};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -31,9 +33,25 @@ fn chunks(reply: &Reply) -> Vec<Value> {
 async fn every_field_behaves_as_its_row_says() {
     let mut setup = trusting();
     setup.chat.reasoning_parser = ParserChoice::Named("qwen3".into());
-    let server = setup.start();
+    setup.server.routes.scale_out = true;
+    let generating = setup.start();
+    let mut setup = trusting();
+    setup.pooling = Some(PoolingConfig {
+        dimensions: Dimensions::Any,
+        ..pooling::last()
+    });
+    let pooling = setup.start();
+    let makes_vectors = |path: &str| {
+        let route = ROUTES.iter().find(|route| route.path == path);
+        route.is_some_and(|route| route.when == When::Pooling)
+    };
     let mut wrong = Vec::new();
     for example in fields::examples() {
+        let server = if makes_vectors(&example.route) {
+            &pooling
+        } else {
+            &generating
+        };
         let reply = server.post(&example.route, &example.body.to_string()).await;
         let as_said = match example.refused {
             // Anthropic's envelope names a field in the message only.
