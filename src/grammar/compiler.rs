@@ -302,7 +302,10 @@ fn lower(kind: &GrammarKind, options: &GrammarOptions) -> Result<(TopLevelGramma
 
 /// What is wrong, and in a schema where.
 fn explain(kind: &GrammarKind, options: &GrammarOptions, error: &anyhow::Error, shared: &Shared) -> GrammarError {
-    let reason = first_line(error);
+    let mut reason = first_line(error);
+    if reason.contains("coerce_one_of") {
+        reason = "the options of a oneOf must exclude one another; use anyOf where they may overlap".to_owned();
+    }
     match kind {
         GrammarKind::JsonSchema(schema) => {
             let path = schema::locate(schema, |part| {

@@ -276,6 +276,8 @@ fn refusals_name_the_place() {
             }
         }
     }
+    let overlapping = json!({"oneOf": [{"type": "integer"}, {"type": "number"}]});
+    assert!(compile(schema(overlapping)).unwrap_err().contains("use anyOf"));
     assert!(compile(schema(json!(false))).is_err());
     assert!(compile(schema(json!(true))).is_ok());
     assert!(compile(schema(json!({}))).is_ok());
