@@ -3,6 +3,7 @@
 pub mod chat_completions;
 pub mod completions;
 pub mod convert;
+mod load_report;
 pub mod models;
 pub mod reply;
 pub mod responses;

@@ -150,3 +150,30 @@ async fn a_dead_engine_fails_requests_and_health() {
     assert_eq!(server.get("/health").await.status, 503);
     assert_eq!(server.post("/v1/completions", r#"{"prompt":"a"}"#).await.status, 500);
 }
+
+#[tokio::test]
+async fn whole_answers_report_the_load_to_who_asks() {
+    let server = Setup::default().start();
+    for (path, body) in [
+        (
+            "/v1/chat/completions",
+            r#"{"messages":[{"role":"user","content":"a"}]}"#,
+        ),
+        ("/v1/completions", r#"{"prompt":"a"}"#),
+    ] {
+        assert!(
+            !server
+                .post(path, body)
+                .await
+                .headers
+                .contains_key("endpoint-load-metrics")
+        );
+        let mut request = post(path, body);
+        let format = axum::http::HeaderValue::from_static("JSON");
+        request.headers_mut().insert("endpoint-load-metrics-format", format);
+        let reply = server.send(request).await;
+        let report = reply.headers["endpoint-load-metrics"].to_str().unwrap();
+        let report: Value = serde_json::from_str(report.strip_prefix("JSON ").unwrap()).unwrap();
+        assert_eq!(report["named_metrics"]["num_requests_waiting"], 0.0);
+    }
+}

@@ -10,10 +10,9 @@ pub mod validate;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 
 use self::convert::{Conversion, convert};
 use self::reply::{ChatReply, ChunkBuilder};
@@ -24,6 +23,7 @@ use crate::metrics::RequestType;
 use crate::server::body::JsonBody;
 use crate::server::error::ApiError;
 use crate::server::openai::convert::RequestContext;
+use crate::server::openai::load_report;
 use crate::server::openai::tool_metrics;
 use crate::server::{App, sse};
 
@@ -41,7 +41,7 @@ pub async fn create(
         return Ok(sse::response(sse::framed(events, ChunkBuilder::new(reply)), keep_alive));
     }
     let choices = chat::collect(reply.n, events).await?;
-    Ok(Json(reply::response(reply, choices)).into_response())
+    Ok(load_report::answered(reply::response(reply, choices), &headers, &app))
 }
 
 /// Checks, converts and starts a chat request; other protocols bring theirs in this form.

@@ -8,10 +8,9 @@ pub mod validate;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::HeaderMap;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use futures_util::stream::{self, SelectAll, Stream, StreamExt};
 
 use self::convert::{Conversion, convert};
@@ -21,6 +20,7 @@ use crate::server::App;
 use crate::server::body::JsonBody;
 use crate::server::error::ApiError;
 use crate::server::openai::convert::RequestContext;
+use crate::server::openai::load_report;
 use crate::server::openai::structured::grammar_spec;
 use crate::server::{blocking, sse};
 use crate::text::TextDelta;
@@ -50,7 +50,7 @@ pub async fn create(
     while let Some(delta) = deltas.next().await {
         builder.delta(delta?);
     }
-    Ok(Json(builder.end()).into_response())
+    Ok(load_report::answered(builder.end(), &headers, &app))
 }
 
 /// Submits all prompts; the deltas' indices count over all of them.
