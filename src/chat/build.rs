@@ -35,7 +35,13 @@ impl ChatEngine {
             source.unwrap_or_default(),
             &|token| tokenizer.token_to_id(token),
         )?;
-        Ok(Self::new(text, template, parsers, &config.structured_outputs))
+        Ok(Self::new(
+            text,
+            template,
+            config.content_format,
+            parsers,
+            &config.structured_outputs,
+        ))
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::sync::Semaphore;
 
 use super::constrain::{self, Calls};
 use super::messages::for_template;
-use super::template::{ChatTemplate, TemplateError, TemplateInput};
+use super::template::{ChatTemplate, ContentFormat, TemplateError, TemplateInput};
 use super::{ChatEvent, ChatRequest, ChoiceParsers, ToolChoice, events};
 use crate::config::StructuredOutputsConfig;
 use crate::grammar::{Constraint, GrammarOptions, Start};
@@ -98,6 +98,8 @@ pub struct ChatEngine {
 struct Shared {
     text: TextEngine,
     template: Option<ChatTemplate>,
+    /// None = as each template wants it.
+    content_format: Option<ContentFormat>,
     parsers: Parsers,
     /// How forced calls are written.
     grammar_options: GrammarOptions,
@@ -111,6 +113,7 @@ impl ChatEngine {
     pub fn new(
         text: TextEngine,
         template: Option<ChatTemplate>,
+        content_format: Option<ContentFormat>,
         parsers: Parsers,
         structured_outputs: &StructuredOutputsConfig,
     ) -> Self {
@@ -119,6 +122,7 @@ impl ChatEngine {
             shared: Arc::new(Shared {
                 text,
                 template,
+                content_format,
                 parsers,
                 grammar_options: GrammarOptions {
                     disable_any_whitespace: structured_outputs.disable_any_whitespace,
@@ -167,8 +171,8 @@ impl ChatEngine {
                 "the model has no chat template; the server can be given one with --chat-template".into(),
             )
         })?;
-        let messages =
-            for_template(request.messages, template.content_format()).map_err(|error| ChatError::Invalid(error.0))?;
+        let format = self.shared.content_format.unwrap_or(template.content_format());
+        let messages = for_template(request.messages, format).map_err(|error| ChatError::Invalid(error.0))?;
         let text = template.render(TemplateInput {
             messages,
             tools: request.tools,
@@ -294,6 +298,7 @@ mod tests {
         ChatEngine::new(
             TextEngine::new(engine(executor), tokenizer, limits),
             Some(template),
+            None,
             parsers,
             &StructuredOutputsConfig::default(),
         )

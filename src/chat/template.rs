@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use super::jinja_source::{LOOP_CHECK, as_minijinja, iterates_content};
 use super::python::{JsonStyle, to_json, to_str};
+pub use crate::config::ContentFormat;
 
 /// Work a rendering may do: one per instruction and per 64 bytes made. A turn of an LFM2 template costs about a hundred.
 const FUEL: u64 = 5_000_000;
@@ -52,14 +53,6 @@ pub type Clock = Arc<dyn Fn() -> NaiveDateTime + Send + Sync>;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct TemplateError(pub String);
-
-/// What a message's content is to the template.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ContentFormat {
-    String,
-    /// A list of `{"type": …}` parts.
-    Parts,
-}
 
 /// What is rendered. Messages are as the template wants them, see [`messages`](super::messages).
 #[derive(Clone, Debug, Default)]

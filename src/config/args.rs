@@ -103,6 +103,7 @@ pub struct GeneralArgs {
 #[derive(Clone, Debug, Deserialize)]
 pub struct FrontendArgs {
     pub chat_template: Option<String>,
+    pub chat_template_content_format: String,
     pub trust_request_chat_template: bool,
     pub default_chat_template_kwargs: Option<Map<String, Value>>,
     pub reasoning_effort_map: Option<Map<String, Value>>,

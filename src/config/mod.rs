@@ -194,10 +194,20 @@ pub enum SchedulingPolicy {
     Priority,
 }
 
+/// What a message's content is to a chat template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ContentFormat {
+    String,
+    /// A list of `{"type": …}` parts.
+    Parts,
+}
+
 #[derive(Clone, Debug)]
 pub struct ChatConfig {
     /// `--chat-template` or the checkpoint's.
     pub template: Option<String>,
+    /// `--chat-template-content-format`; none = what the template iterates over.
+    pub content_format: Option<ContentFormat>,
     pub template_kwargs: Map<String, Value>,
     /// `reasoning_effort` of a request to what is meant by it; others stay as they are.
     pub reasoning_effort_map: HashMap<String, String>,

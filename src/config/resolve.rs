@@ -9,9 +9,9 @@ use super::args::{DeviceChoice, FingerprintMode, FrontendArgs, Machine, ModelArg
 use super::environment::Environment;
 use super::files::Locator;
 use super::{
-    CacheConfig, ChatConfig, Config, DeviceConfig, DeviceKind, GenerationDefaults, LoadFormat, ModelConfig, ModelFiles,
-    ParserChoice, RequestLimits, RoutesConfig, ServerConfig, StructuredOutputsConfig, VLLM_VERSION, checkpoint, http,
-    limits, observability, pooling,
+    CacheConfig, ChatConfig, Config, ContentFormat, DeviceConfig, DeviceKind, GenerationDefaults, LoadFormat,
+    ModelConfig, ModelFiles, ParserChoice, RequestLimits, RoutesConfig, ServerConfig, StructuredOutputsConfig,
+    VLLM_VERSION, checkpoint, http, limits, observability, pooling,
 };
 use crate::backend::DType;
 use crate::step::LogprobsMode;
@@ -303,6 +303,11 @@ fn chat(args: &ServeArgs, tokenizer_files: &ModelFiles) -> Result<ChatConfig, Co
         template: match &flags.chat_template {
             Some(text) => Some(checkpoint::given_template(text)?),
             None => checkpoint::chat_template(tokenizer_files)?,
+        },
+        content_format: match flags.chat_template_content_format.as_str() {
+            "string" => Some(ContentFormat::String),
+            "openai" => Some(ContentFormat::Parts),
+            _ => None,
         },
         template_kwargs: flags.default_chat_template_kwargs.clone().unwrap_or_default(),
         reasoning_effort_map: reasoning_effort_map(flags.reasoning_effort_map.as_ref())?,

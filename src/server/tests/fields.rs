@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::config::Dimensions;
+use crate::config::{ContentFormat, Dimensions};
 use crate::server::fields;
 use crate::server::routes::{ROUTES, When};
 
@@ -276,6 +276,23 @@ async fn metrics_of_a_request_are_sent_where_the_flag_says_so() {
         // The times of several choices are not one request's.
         let two = server.post(path, &request(r#","n":2,"temperature":1"#)).await.json();
         assert_eq!(two["metrics"], Value::Null);
+    }
+}
+
+#[tokio::test]
+async fn a_messages_content_has_the_form_that_the_flag_names() {
+    let template = "{% for m in messages %}{{ m.content is string }}{% for c in m.content %}{% endfor %}{% endfor %}";
+    let body = ask(r#","return_prompt_text":true,"max_tokens":1"#);
+    for (format, text) in [
+        (None, "False"),
+        (Some(ContentFormat::String), "True"),
+        (Some(ContentFormat::Parts), "False"),
+    ] {
+        let mut setup = Setup::default();
+        setup.chat.template = Some(template.into());
+        setup.chat.content_format = format;
+        let reply = setup.start().post(CHAT, &body).await;
+        assert_eq!(reply.json()["prompt_text"], text, "{}", reply.text);
     }
 }
 

@@ -67,6 +67,7 @@ impl Default for Setup {
             server: server_config(),
             chat: ChatConfig {
                 template: None,
+                content_format: None,
                 template_kwargs: Map::new(),
                 reasoning_effort_map: Default::default(),
                 trust_request_template: false,
