@@ -3,17 +3,20 @@
 //! Every launcher checks what its kernel's header demands. Nothing here falls back: a shape that no kernel takes is an error at
 //! start or in the step, never a slow path. Activations and weights share one 2-byte type; logits are f32.
 
+mod attention;
 mod batch;
 pub mod driver;
 mod linear;
 mod moe;
 mod sampler;
+mod weight;
 
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use driver::{Address, Arg, Device, Event, Function, Graph, Memory, TensorMap};
+use driver::{Address, Arg, Device, Event, Function, Graph, Memory};
+use weight::{convert, decode_f32};
 
 use crate::backend::{
     AttentionShape, Backend, BackendError, BatchLayout, ConvWeights, DType, HostTensor, Result, RouteShape,
@@ -21,9 +24,11 @@ use crate::backend::{
 };
 use crate::step::{DeviceTimes, SampledToken, StartedSlot, TokenLogprobs};
 
+pub use attention::CudaKvCache;
 pub use batch::CudaBatch;
 pub use moe::CudaRouting;
 pub use sampler::CudaSampler;
+pub use weight::CudaWeight;
 
 /// Tokens of a row that one block of attention and short convolution takes.
 pub(super) const PIECE_TOKENS: usize = 32;
@@ -82,45 +87,6 @@ impl CudaTensor {
     fn store(&self) {
         self.value.set(Value::Stored);
     }
-}
-
-/// A parameter in the checkpoint's row-major layout, `[rows, cols]` or a vector.
-pub struct CudaWeight {
-    memory: Memory,
-    /// Product of all dimensions but the last.
-    rows: usize,
-    cols: usize,
-    dtype: DType,
-}
-
-impl CudaWeight {
-    /// Tensor map of `experts` matrices `[N, K]`, in boxes of a weight tile.
-    fn expert_map(&self, experts: usize) -> Result<TensorMap> {
-        let (n, k) = (self.rows / experts, self.cols);
-        let strides = [2, k * 2, n * k * 2];
-        TensorMap::new(
-            self.memory.address,
-            [k, n, experts],
-            strides,
-            [64, linear::WIDE_ROWS as u32, 1],
-        )
-    }
-
-    /// Tensor map of `experts` matrices `[w1; w3]` of `[F, K]` each, in boxes that take turns between 8 rows of either.
-    fn gated_map(&self, experts: usize) -> Result<TensorMap> {
-        let (f, k) = (self.rows / experts / 2, self.cols);
-        let row = k * 2;
-        let strides = [2, row, f * row, 8 * row, 2 * f * row];
-        let boxes = [64, 8, 2, linear::WIDE_ROWS as u32 / 16, 1];
-        TensorMap::new(self.memory.address, [k, 8, 2, f / 8, experts], strides, boxes)
-    }
-}
-
-pub struct CudaKvCache {
-    k: Memory,
-    v: Memory,
-    inverse_frequency: Memory,
-    block_size: usize,
 }
 
 pub struct CudaConvState {
@@ -299,32 +265,6 @@ impl CudaBackend {
             .launch(self.kernel("rms_norm", 0)?, [rows, 1, 1], 256, 0, &args)
     }
 
-    fn upload_weight(&self, parts: &[HostTensor<'_>], shape: (usize, usize), dtype: DType) -> Result<CudaWeight> {
-        let (rows, cols) = shape;
-        let memory = Memory::new(&self.device, rows * cols * dtype.size_bytes(), "weight")?;
-        let mut offset = 0;
-        for part in parts {
-            let elements: usize = part.shape.iter().product();
-            if part.dtype == dtype {
-                memory.upload(offset, part.data, "weight")?;
-            } else {
-                memory.upload(offset, &convert(part, dtype), "weight")?;
-            }
-            offset += elements * dtype.size_bytes();
-        }
-        need(
-            "weight",
-            offset == memory.bytes.min(rows * cols * dtype.size_bytes()),
-            || format!("{offset} bytes for a weight of [{rows}, {cols}]"),
-        )?;
-        Ok(CudaWeight {
-            memory,
-            rows,
-            cols,
-            dtype,
-        })
-    }
-
     fn norm_shape(&self, op: &'static str, weight: &CudaWeight, x: &CudaTensor) -> Result<()> {
         need(
             op,
@@ -336,119 +276,6 @@ impl CudaBackend {
                 )
             },
         )
-    }
-
-    fn qkv_shape(
-        &self,
-        qkv: &CudaTensor,
-        q_norm: &CudaWeight,
-        k_norm: &CudaWeight,
-        shape: &AttentionShape,
-    ) -> Result<()> {
-        let heads = shape.num_q_heads + 2 * shape.num_kv_heads;
-        need(
-            "qk_norm_rope_kv",
-            shape.head_dim == 64 && qkv.cols == heads * 64 && q_norm.dtype == self.dtype && k_norm.dtype == self.dtype,
-            || format!("{heads} heads of {} in {} columns", shape.head_dim, qkv.cols),
-        )
-    }
-
-    /// Launches a kernel of attention_decode.cu; `more` follows the arguments that both have.
-    #[expect(clippy::too_many_arguments, reason = "a kernel's arguments")]
-    fn attend_decode_rows(
-        &self,
-        name: &str,
-        qkv: &CudaTensor,
-        shape: &AttentionShape,
-        batch: &CudaBatch,
-        kv: &CudaKvCache,
-        out: &CudaTensor,
-        more: &[u64],
-    ) -> Result<()> {
-        /// `DecodeShared`: four warps' K and V tiles, queries, results.
-        const SHARED_BYTES: usize = 4 * 2 * 64 * 128 + 16 * 128 + 4 * 4 * 66 * 4 + 16;
-        let group = shape.num_q_heads / shape.num_kv_heads;
-        need(
-            "attention",
-            group <= 4 && batch.rows * shape.num_kv_heads <= ATTENTION_COUNTERS,
-            || {
-                format!(
-                    "{} rows of {} KV heads, groups of {group}",
-                    batch.rows, shape.num_kv_heads
-                )
-            },
-        )?;
-        let mut args = vec![
-            qkv.address().arg(),
-            kv.k.address.arg(),
-            kv.v.address.arg(),
-            batch.block_tables().arg(),
-            batch.piece_row().arg(),
-            batch.row_starts().arg(),
-            batch.context_lens().arg(),
-            out.address().arg(),
-            self.attention_partial.as_ref().map_or(0, |m| m.address).arg(),
-            self.attention_arrived.address.arg(),
-            shape.num_q_heads.arg(),
-            shape.num_kv_heads.arg(),
-            kv.block_size.arg(),
-            batch.max_blocks.arg(),
-            shape.scale.arg(),
-            batch.split_tokens.arg(),
-        ];
-        args.extend(more);
-        let function = self.kernel(name, SHARED_BYTES)?;
-        let grid = [batch.pieces, shape.num_kv_heads, batch.max_splits];
-        self.device.launch(function, grid, 128, SHARED_BYTES, &args)
-    }
-
-    /// `[D / 2]` f32: what a position is multiplied with to get RoPE's angles.
-    fn inverse_frequency(&self, shape: &AttentionShape) -> Result<Memory> {
-        let memory = Memory::new(&self.device, shape.head_dim / 2 * 4, "rope")?;
-        let values: Vec<u8> = (0..shape.head_dim / 2)
-            .flat_map(|j| (shape.rope_theta.powf(-2.0 * j as f64 / shape.head_dim as f64) as f32).to_le_bytes())
-            .collect();
-        memory.upload(0, &values, "rope")?;
-        Ok(memory)
-    }
-}
-
-/// Host conversion between storage types, through f32.
-fn convert(part: &HostTensor<'_>, dtype: DType) -> Vec<u8> {
-    let size = part.dtype.size_bytes();
-    let mut out = Vec::with_capacity(part.data.len() / size * dtype.size_bytes());
-    for bytes in part.data.chunks_exact(size) {
-        let value = match part.dtype {
-            DType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-            DType::F16 => half::f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-            DType::Bf16 => half::bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-        };
-        match dtype {
-            DType::F32 => out.extend_from_slice(&value.to_le_bytes()),
-            DType::F16 => out.extend_from_slice(&half::f16::from_f32(value).to_le_bytes()),
-            DType::Bf16 => out.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes()),
-        }
-    }
-    out
-}
-
-fn decode_f32(dtype: DType, bytes: &[u8], out: &mut Vec<f32>) {
-    match dtype {
-        DType::F32 => out.extend(
-            bytes
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        ),
-        DType::F16 => out.extend(
-            bytes
-                .chunks_exact(2)
-                .map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()),
-        ),
-        DType::Bf16 => out.extend(
-            bytes
-                .chunks_exact(2)
-                .map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()),
-        ),
     }
 }
 
@@ -545,42 +372,7 @@ impl Backend for CudaBackend {
         shape: &AttentionShape,
         dtype: DType,
     ) -> Result<CudaKvCache> {
-        need(
-            "kv_cache",
-            shape.head_dim == 64 && block_size.is_multiple_of(16),
-            || {
-                format!(
-                    "head_dim {} (64 is built) and block size {block_size} (a multiple of 16)",
-                    shape.head_dim
-                )
-            },
-        )?;
-        let group = shape.num_q_heads / shape.num_kv_heads.max(1);
-        need(
-            "kv_cache",
-            group * shape.num_kv_heads == shape.num_q_heads && group <= 4,
-            || {
-                format!(
-                    "{} query heads over {} KV heads (groups of 1 to 4 are built)",
-                    shape.num_q_heads, shape.num_kv_heads
-                )
-            },
-        )?;
-        need("kv_cache", dtype == self.dtype, || {
-            format!("KV in {dtype} with {} activations is not built", self.dtype)
-        })?;
-        let bytes = num_blocks * block_size * shape.num_kv_heads * shape.head_dim * dtype.size_bytes();
-        if self.attention_partial.is_none() {
-            self.attention_splits = (num_blocks * block_size / SPLIT_TOKENS + 4096).min(64 << 10);
-            let partial = self.attention_splits * shape.num_q_heads * 66 * 4;
-            self.attention_partial = Some(Memory::new(&self.device, partial, "workspace")?);
-        }
-        Ok(CudaKvCache {
-            k: Memory::new(&self.device, bytes, "kv_cache")?,
-            v: Memory::new(&self.device, bytes, "kv_cache")?,
-            inverse_frequency: self.inverse_frequency(shape)?,
-            block_size,
-        })
+        self.new_kv_cache(num_blocks, block_size, shape, dtype)
     }
 
     fn conv_state(&mut self, slots: usize, taps: usize, hidden: usize) -> Result<CudaConvState> {
@@ -860,29 +652,7 @@ impl Backend for CudaBackend {
         batch: &CudaBatch,
         kv: &mut CudaKvCache,
     ) -> Result<()> {
-        let heads = shape.num_q_heads + 2 * shape.num_kv_heads;
-        self.qkv_shape(qkv, q_norm, k_norm, shape)?;
-        let args = [
-            qkv.address().arg(),
-            q_norm.memory.address.arg(),
-            k_norm.memory.address.arg(),
-            kv.inverse_frequency.address.arg(),
-            batch.positions().arg(),
-            batch.slot_mapping().arg(),
-            kv.k.address.arg(),
-            kv.v.address.arg(),
-            shape.num_q_heads.arg(),
-            shape.num_kv_heads.arg(),
-            kv.block_size.arg(),
-            shape.norm_eps.arg(),
-        ];
-        self.device.launch(
-            self.kernel("qk_norm_rope_kv", 0)?,
-            [batch.tokens, heads.div_ceil(8), 1],
-            256,
-            0,
-            &args,
-        )
+        self.write_kv(qkv, (q_norm, k_norm), shape, batch, kv)
     }
 
     fn attention(
@@ -893,49 +663,7 @@ impl Backend for CudaBackend {
         kv: &CudaKvCache,
         out: &mut CudaTensor,
     ) -> Result<()> {
-        out.store();
-        let group = shape.num_q_heads / shape.num_kv_heads;
-        need("attention", group * PIECE_TOKENS <= 128, || {
-            format!("groups of {group} query heads")
-        })?;
-        if batch.any_prefill {
-            let args = [
-                qkv.address().arg(),
-                kv.k.address.arg(),
-                kv.v.address.arg(),
-                batch.block_tables().arg(),
-                batch.piece_row().arg(),
-                batch.piece_start().arg(),
-                batch.row_starts().arg(),
-                batch.context_lens().arg(),
-                out.address().arg(),
-                shape.num_q_heads.arg(),
-                shape.num_kv_heads.arg(),
-                kv.block_size.arg(),
-                batch.max_blocks.arg(),
-                shape.scale.arg(),
-                PIECE_TOKENS.arg(),
-            ];
-            if self.has_wgmma {
-                /// QUERY_ROWS of Q, KV_STAGES tiles of K and V, barriers, and room to align them.
-                const SHARED_BYTES: usize = 16_384 + 4 * 16_384 + 64 + 1024;
-                let function = self.kernel("attention_prefill_wgmma", SHARED_BYTES)?;
-                let cache = |memory: &Memory| TensorMap::matrix(memory.address, memory.bytes / 128, 64, 16);
-                let maps = [cache(&kv.k)?, cache(&kv.v)?];
-                let args = [&args[..1], &args[3..]].concat();
-                let grid = [shape.num_kv_heads, batch.pieces, 1];
-                self.device
-                    .launch_mapped(function, grid, 256, SHARED_BYTES, &maps, &args)?;
-            } else {
-                let function = self.kernel("attention_prefill", 0)?;
-                let grid = [batch.pieces, shape.num_kv_heads, 1];
-                self.device.launch(function, grid, 256, 0, &args)?;
-            }
-        }
-        if batch.any_decode {
-            self.attend_decode_rows("attention_decode", qkv, shape, batch, kv, out, &[])?;
-        }
-        Ok(())
+        self.attend(qkv, shape, batch, kv, out)
     }
 
     fn qk_norm_rope_attention(
@@ -948,20 +676,7 @@ impl Backend for CudaBackend {
         kv: &mut CudaKvCache,
         out: &mut CudaTensor,
     ) -> Result<()> {
-        if batch.any_prefill {
-            self.qk_norm_rope_kv(qkv, q_norm, k_norm, shape, batch, kv)?;
-            return self.attention(qkv, shape, batch, kv, out);
-        }
-        self.qkv_shape(qkv, q_norm, k_norm, shape)?;
-        out.store();
-        let more = [
-            q_norm.memory.address.arg(),
-            k_norm.memory.address.arg(),
-            kv.inverse_frequency.address.arg(),
-            batch.slot_mapping().arg(),
-            shape.norm_eps.arg(),
-        ];
-        self.attend_decode_rows("attention_step", qkv, shape, batch, kv, out, &more)
+        self.write_kv_and_attend(qkv, (q_norm, k_norm), shape, batch, kv, out)
     }
 
     fn short_conv(
