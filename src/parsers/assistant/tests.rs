@@ -102,6 +102,22 @@ fn a_stream_never_contradicts_itself() {
     );
     let whole = vec![call("f", r#"{"a": "longer"}"#), call("g", r#"{"c": "x 'y' z"}"#)];
     assert_eq!(sum.block, Some(ToolBlock::Calls(whole)));
+    // What stands behind a doubtful string is not sent before the end decides.
+    for rest in [", b='q'r', c=1)]", ", t=(1, 12))]|'z', c=1)]"] {
+        let text = format!("{START}[f(a='x'f'z'{rest}{END}");
+        let sum = read(parser(false, true), cases::pieces(&text));
+        assert_eq!(sum.block, Some(ToolBlock::Calls(sum.streamed.clone())), "{text}");
+        assert!(
+            serde_json::from_str::<serde_json::Value>(&sum.streamed[0].arguments).is_ok(),
+            "{text}"
+        );
+    }
+    // Both in one call: what was begun is ended.
+    let text = format!("{START}[f(a='one', b=2, a='x'y', c=3)]{END}");
+    let sum = read(parser(false, true), cases::pieces(&text));
+    assert_eq!(sum.streamed, [call("f", r#"{"a": "one", "b": 2, "c": 3}"#)]);
+    let whole = vec![call("f", r#"{"a": "x'y", "b": 2, "c": 3}"#)];
+    assert_eq!(sum.block, Some(ToolBlock::Calls(whole)));
 }
 
 #[test]

@@ -83,18 +83,10 @@ impl Block {
             return State::Plain;
         };
         // All sent, unless the block could be read only with its end known.
-        for (index, call) in calls.iter().enumerate() {
-            let sent = self.sent.get(index).copied().unwrap_or(0);
-            let shown = self
-                .list
-                .calls()
-                .get(index)
-                .and_then(|shown| shown.settled().get(..sent))
-                .unwrap_or("");
-            if call.arguments.starts_with(shown) {
-                send_call(&mut self.sent, index, &call.name, &call.arguments, out);
-            }
+        for (index, read) in calls.iter().enumerate() {
+            send_call(&mut self.sent, index, &read.call.name, &read.streamed, out);
         }
+        let calls = calls.into_iter().map(|read| read.call).collect();
         out.push(AssistantDelta::ToolBlock(ToolBlock::Calls(calls)));
         State::Behind(String::new())
     }

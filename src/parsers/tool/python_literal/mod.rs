@@ -53,7 +53,7 @@ struct Grammar {
     calls: Vec<CallText>,
     /// The arguments of the finished calls.
     values: Vec<Dict>,
-    /// The literal that may have been closed by a quote of its own content.
+    /// The literal that may have been closed by a quote of its own content. All behind it may yet be read otherwise: nothing more settles.
     broken: Option<StringOpen>,
     last_string: Option<StringOpen>,
 }
@@ -72,6 +72,14 @@ impl CallText {
     pub fn settled(&self) -> &str {
         &self.json[..self.settled]
     }
+}
+
+/// A call of a whole list.
+pub(super) struct ReadCall {
+    pub call: ToolCall,
+    /// Its arguments as a stream writes them: what is settled before the end is a prefix. Of two equal keys the first counts here, the
+    /// second in `call`.
+    pub streamed: String,
 }
 
 #[derive(Default)]
@@ -149,7 +157,7 @@ enum KeyState {
 ///
 /// A closing quote is plausible when `,`, `)`, `]`, `}` or `:` follows. Exactly one plausible quote must make the rest
 /// read as a call list: with two readings the intent is unclear and there is no call.
-fn parse_requoted(text: &str, broken: StringOpen) -> Option<Vec<ToolCall>> {
+fn parse_requoted(text: &str, broken: StringOpen) -> Option<Vec<ReadCall>> {
     let tail = text.get(broken.start..)?;
     let mut quotes = Vec::new();
     let mut escaped = false;
@@ -203,11 +211,11 @@ impl CallList {
     }
 
     /// The block has ended and `text` is everything that was pushed: its calls.
-    pub fn finish(&self, text: &str) -> Option<Vec<ToolCall>> {
+    pub fn finish(&self, text: &str) -> Option<Vec<ReadCall>> {
         self.complete().or_else(|| parse_requoted(text, self.grammar.broken?))
     }
 
-    fn complete(&self) -> Option<Vec<ToolCall>> {
+    fn complete(&self) -> Option<Vec<ReadCall>> {
         let Grammar {
             expect, calls, values, ..
         } = &self.grammar;
@@ -217,9 +225,12 @@ impl CallList {
         let to_call = |(call, arguments): (&CallText, &Dict)| {
             let mut json = String::with_capacity(call.json.len());
             arguments.write(&mut json);
-            ToolCall {
-                name: call.name.clone(),
-                arguments: json,
+            ReadCall {
+                call: ToolCall {
+                    name: call.name.clone(),
+                    arguments: json,
+                },
+                streamed: call.json.clone(),
             }
         };
         Some(calls.iter().zip(values).map(to_call).collect())
@@ -298,7 +309,7 @@ impl Grammar {
         };
         self.string.push_str(escaped);
         self.emit(escaped);
-        if c != ' ' && self.mutes == 0 && !self.string_is_joined {
+        if c != ' ' && self.mutes == 0 && !self.string_is_joined && self.broken.is_none() {
             self.certain = self.calls.last().map_or(0, |call| call.json.len());
         }
     }
@@ -702,7 +713,9 @@ impl Grammar {
         };
         self.emit(if arguments.entries.is_empty() { "{}" } else { "}" });
         self.values.push(arguments);
-        if let Some(call) = self.calls.last_mut() {
+        if let Some(call) = self.calls.last_mut()
+            && self.broken.is_none()
+        {
             call.settled = call.json.len();
         }
         self.expect = Expect::AfterCall;

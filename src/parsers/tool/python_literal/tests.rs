@@ -6,7 +6,7 @@ use super::*;
 fn parse(text: &str) -> Option<Vec<ToolCall>> {
     let mut list = CallList::default();
     text.chars().for_each(|c| list.push(c));
-    list.finish(text)
+    Some(list.finish(text)?.into_iter().map(|read| read.call).collect())
 }
 
 /// The arguments of the only call of `[f(ARGUMENTS)]`.
@@ -282,9 +282,11 @@ proptest! {
                 shown[index] = call.settled().to_owned();
             }
         }
-        for call in list.finish(&text).into_iter().flatten() {
-            let arguments = call.arguments.replace("1e999", "1");
-            prop_assert!(serde_json::from_str::<Value>(&arguments).unwrap().is_object());
+        for read in list.finish(&text).into_iter().flatten() {
+            for arguments in [read.call.arguments, read.streamed] {
+                let arguments = arguments.replace("1e999", "1");
+                prop_assert!(serde_json::from_str::<Value>(&arguments).unwrap().is_object());
+            }
         }
     }
 
