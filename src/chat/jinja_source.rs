@@ -88,7 +88,7 @@ fn code_end(source: &str, from: usize, close: &str) -> Option<usize> {
 fn end_of_raw(source: &str, mut at: usize) -> Option<usize> {
     loop {
         let open = at + source[at..].find("{%")?;
-        let close = open + source[open..].find("%}")?;
+        let close = open + 2 + source[open + 2..].find("%}")?;
         if tag(source, open + 2..close).keyword == "endraw" {
             return Some(close + 2);
         }
@@ -246,7 +246,15 @@ mod tests {
         ] {
             assert_eq!(as_minijinja(source), expected);
         }
-        for source in ["{% for %}", "{% for x in %}", "{% for x %}", "{% for x in 'a %}"] {
+        for source in [
+            "{% raw %}{%}{% for x in a %}",
+            "{% raw %}{%-%}{% endraw %}{%%}",
+            "{%}",
+            "{% for %}",
+            "{% for x in %}",
+            "{% for x %}",
+            "{% for x in 'a %}",
+        ] {
             assert_eq!(as_minijinja(source), source);
         }
     }
