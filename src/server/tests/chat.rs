@@ -216,6 +216,16 @@ async fn reasoning_and_calls_of_a_stream() {
 }
 
 #[tokio::test]
+async fn a_whole_stream_of_reasoning_text_and_a_call() {
+    let server = assistant(CALL);
+    server.control.set_step_delay(ONE_BY_ONE);
+    let body = ask(&format!(
+        r#"{TOOLS},"stream":true,"stream_options":{{"include_usage":true}}"#
+    ));
+    insta::assert_snapshot!(server.post(CHAT, &body).await.stable());
+}
+
+#[tokio::test]
 async fn tool_choice_none_and_hidden_reasoning() {
     let server = assistant(CALL);
     let message = |answer: Value| answer["choices"][0]["message"].clone();

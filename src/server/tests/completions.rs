@@ -55,6 +55,15 @@ async fn a_stream() {
     );
 }
 
+#[tokio::test]
+async fn a_whole_stream_with_logprobs() {
+    let server = Setup::replying("Hi").start();
+    server.control.set_step_delay(ONE_BY_ONE);
+    let options = r#""logprobs":1,"echo":true,"stream_options":{"include_usage":true,"continuous_usage_stats":true}"#;
+    let body = format!(r#"{{"prompt":[5,6],"stream":true,{options}}}"#);
+    insta::assert_snapshot!(server.post("/v1/completions", &body).await.stable());
+}
+
 fn streamed_text(reply: &Reply) -> String {
     let frames = reply
         .text
@@ -131,6 +140,7 @@ async fn text_becomes_tokens_and_back() {
             r#"{"prompt":"Say hello","return_token_strs":true,"add_special_tokens":false}"#,
         )
         .await;
+    insta::assert_snapshot!("tokenize", reply.text);
     let answer = reply.json();
     assert_eq!(answer["max_model_len"], MAX_MODEL_LEN);
     assert_eq!(answer["count"], answer["tokens"].as_array().unwrap().len());
