@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use rvllm::parsers::reasoning::Prompt;
-use rvllm::parsers::{AssistantDelta, AssistantParser, Parsers, ToolBlock, Turn};
+use rvllm::parsers::{AssistantDelta, ForcedCalls, Parsers, ToolBlock, Turn};
 
 /// A vocabulary with the tools' markers as tokens, and the reasoning's as text.
 fn token(text: &str) -> Option<u32> {
@@ -14,10 +14,12 @@ fn token(text: &str) -> Option<u32> {
 }
 
 /// What a stream shows, kind by kind.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Default)]
 struct Seen {
     content: String,
     reasoning: String,
+    /// Both, as they come.
+    text: String,
     calls: Vec<(String, String)>,
     block: Option<ToolBlock>,
 }
@@ -26,8 +28,14 @@ impl Seen {
     fn add(&mut self, deltas: Vec<AssistantDelta>) {
         for delta in deltas {
             match delta {
-                AssistantDelta::Content(text) => self.content += &text,
-                AssistantDelta::Reasoning(text) => self.reasoning += &text,
+                AssistantDelta::Content(text) => {
+                    self.content += &text;
+                    self.text += &text;
+                }
+                AssistantDelta::Reasoning(text) => {
+                    self.reasoning += &text;
+                    self.text += &text;
+                }
                 AssistantDelta::ToolCallStart { index, name } => {
                     assert_eq!(index, self.calls.len(), "calls are numbered in order");
                     self.calls.push((name, String::new()));
@@ -42,34 +50,65 @@ impl Seen {
     }
 }
 
-fn parser(parsers: &Parsers, think: bool) -> AssistantParser {
-    let turn = Turn {
-        prompt: Prompt { enable_thinking: think, ..Prompt::default() },
-        parse_tools: true,
-        forced: None,
-        parallel_tool_calls: true,
-    };
-    parsers.assistant(&turn, &token)
+/// The text that no parser may lose: what is left without blanks and without the reasoning's markers.
+fn essence(text: &str) -> String {
+    let mut left = String::new();
+    for c in text.chars().filter(|c| !c.is_whitespace()) {
+        left.push(c);
+        for marker in ["<think>", "</think>"] {
+            if left.ends_with(marker) {
+                left.truncate(left.len() - marker.len());
+            }
+        }
+    }
+    left
+}
+
+/// Where to cut: pieces of one length, or of lengths that a generator started from `cuts` gives.
+fn lengths(cuts: u8) -> impl FnMut() -> usize {
+    let mut state = u32::from(cuts) | 1;
+    move || match cuts {
+        0..128 => usize::from(cuts) % 9 + 1,
+        _ => {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as usize % 32 + 1
+        }
+    }
 }
 
 fuzz_target!(|data: &[u8]| {
     let [options, cuts, text @ ..] = data else { return };
     let Ok(text) = std::str::from_utf8(text) else { return };
-    let reasoning = if options & 1 != 0 { "qwen3" } else { "none" };
+    let on = |bit: u8| options & 1 << bit != 0;
+    let reasoning = match (on(0), on(7)) {
+        (false, _) => "none",
+        (true, false) => "qwen3",
+        (true, true) => "lfm2",
+    };
     let parsers = Parsers::resolve(Some(reasoning), Some("lfm2"), "", &token).expect("known parsers");
-    let think = options & 2 == 0;
+    let turn = Turn {
+        prompt: Prompt { enable_thinking: !on(1), text: if on(2) { "<think>" } else { "" }, ..Prompt::default() },
+        parse_tools: !on(3),
+        forced: match (on(4), on(5)) {
+            (true, true) => Some(ForcedCalls::Any),
+            (true, false) => Some(ForcedCalls::Named("f")),
+            _ => None,
+        },
+        parallel_tool_calls: !on(6),
+    };
+    let parser = || parsers.assistant(&turn, &token);
 
     let mut whole = Seen::default();
-    let mut one = parser(&parsers, think);
+    let mut one = parser();
     whole.add(one.push(text, &[]));
     whole.add(one.finish());
 
     let mut pieces = Seen::default();
-    let mut many = parser(&parsers, think);
-    let step = usize::from(*cuts) % 9 + 1;
+    let mut many = parser();
+    let mut length = lengths(*cuts);
     let mut rest = text;
     while !rest.is_empty() {
-        let mut at = step.min(rest.len());
+        let mut at = length().min(rest.len());
         while !rest.is_char_boundary(at) {
             at += 1;
         }
@@ -80,7 +119,8 @@ fuzz_target!(|data: &[u8]| {
     for seen in [&mut whole, &mut pieces] {
         match seen.block.take() {
             Some(ToolBlock::Calls(calls)) => {
-                for (_, arguments) in &seen.calls {
+                // Forced calls are JSON by their grammar, which this text has not passed.
+                for (_, arguments) in seen.calls.iter().filter(|_| turn.forced.is_none()) {
                     // Its grammar alone: a number may be too large for Rust's.
                     serde_json::from_str::<serde::de::IgnoredAny>(arguments).expect("a call's arguments are JSON");
                     assert!(arguments.starts_with('{'));
@@ -96,5 +136,11 @@ fuzz_target!(|data: &[u8]| {
             None => {}
         }
     }
-    assert_eq!(whole, pieces);
+    assert_eq!((&whole.content, &whole.reasoning, &whole.calls, &whole.block), (&pieces.content, &pieces.reasoning, &pieces.calls, &pieces.block));
+    // Without a block of calls every character is somewhere, in order.
+    if turn.forced.is_none() && whole.block.is_none() {
+        for seen in [&whole, &pieces] {
+            assert_eq!(essence(&seen.text), essence(text));
+        }
+    }
 });
