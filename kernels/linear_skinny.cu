@@ -188,12 +188,12 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
 }
 
 #define PLAIN(NAME, T, Out, TILES, NORM, KIND)                                                                               \
-    extern "C" __global__ void __launch_bounds__(STREAM_THREADS)                                                             \
+    extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)                                                             \
         NAME(const T *x, const T *norm, float eps, const T *w, const T *bias, Out *out, int M, int N, int K) {               \
         skinny<T, Out, TILES, NORM, KIND>(x, norm, eps, w, bias, out, M, N, K, ConvArgs<T>{});                               \
     }
 #define CONVOLVED(NAME, T, TILES, NORM)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(STREAM_THREADS)                                                             \
+    extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)                                                             \
         NAME(const T *x, const T *norm, float eps, const T *w, const T *bias, T *out, int M, int N, int K, const T *taps,    \
              const T *taps_bias, T *state, const int32_t *slots, const uint8_t *reset, int L) {                              \
         skinny<T, T, TILES, NORM, CONV>(x, norm, eps, w, bias, out, M, N, K,                                                 \

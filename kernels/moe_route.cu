@@ -1,187 +1,217 @@
-// moe_route: score[t, e] = sigmoid(x[t] · gate[e]); the K experts with the largest score + bias (equal: the lower index);
-// weight = score, divided by (their sum + 1e-6) if normalised, times the scaling factor.
-// moe_lists: the (token, k) pairs of each expert, in token order, and the list of experts that have any.
+// moe_route: the router, and the norm before it: x = rms_norm(residual) · norm if `norm`, kept in `normed` for the experts;
+// score[t, e] = sigmoid(x[t] · gate[e]); the K experts with the largest score + bias (equal: the lower index); weight = score, divided
+// by (their sum + 1e-6) if normalised, times the scaling factor.
+// moe_lists: the (token, k) pairs of each expert, in token order. For few tokens the experts list theirs themselves (moe_skinny.cu).
 //
-// Shapes: x [T, H], gate [E, H], bias [E] f32 or null; pair p = t · K + k: pair_weight [T · K] f32, pair_expert [T · K];
-// sorted_pairs [T · K], offsets [E + 1], active [E], active_count [1]. E <= 64, E a multiple of 8, K <= 8, H a multiple of 32.
-// Router product accumulated and kept in f32 (bf16 inputs).
-// Grid: one block of 8 warps per 16 tokens; a warp owns every eighth 32 of H for all experts, partial sums meet in shared memory and
-// are added in warp order. With at most 16 tokens the one block also makes the lists, so a decode step needs no second kernel.
-// moe_lists: one block per expert, 1,024 threads; it counts the smaller experts' pairs for its own offset.
-// Cost: E · H · 2 bytes from L2 per 16 tokens.
-#include "common.cuh"
+// Shapes: x [T, H] (the residual stream, or what is already normed), gate [E, H], bias [E] f32 or null; pair p = t · K + k: pair_weight
+// [T · K] f32, pair_expert [T · K]; sorted_pairs [T · K], offsets [E + 1]. H a multiple of 32, E <= 64, K <= 8. The product is
+// accumulated over the rounded x and kept in f32.
+// Grid: persistent blocks of 16 warps over groups of up to 8 tokens, the width of one instruction, so a group costs what a token does; a
+// warp owns every sixteenth 32 of H for all experts. Gates stay in registers from group to group, read before pdl_wait, where they fit
+// (32 experts of 2,048). The warps' sums are added in their order: a token's result depends on no other.
+// moe_lists: a block per expert, 32 warps; a warp takes a part of the pairs. It counts the smaller experts' pairs for its own offset.
+// Shared memory of moe_route: the norm's weights [H], tokens of a group [group][H + 32], sums [16][group][E], scores [group][E].
+// Cost: E · H · 2 bytes from L2 per block, T · H · 2 per step.
+#include "stream.cuh"
 
-#define ROUTE_WARPS 8
-#define ROUTE_TOKENS 16
+#define ROUTE_WARPS 16
+#define ROUTE_THREADS (ROUTE_WARPS * WARP)
+#define ROUTE_TILES 2  // of 16 experts at a time; the gates of the first stay in registers
+#define ROUTE_UNITS 4  // of 32 inner elements, that a warp has so: H <= 2,048
 
-template <typename T>
-DEVICE void route(const T *__restrict__ x, const T *__restrict__ gate, const float *__restrict__ bias, float *__restrict__ pair_weight,
-                  int *__restrict__ pair_expert, int *__restrict__ sorted_pairs, int *__restrict__ offsets, int *__restrict__ active,
-                  int *__restrict__ active_count, int tokens, int H, int E, int K, int normalise, float scaling) {
-    extern __shared__ float logits[];  // [warps][16 tokens][E]
-    __shared__ int chosen[ROUTE_TOKENS * 8];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    const int t0 = blockIdx.x * ROUTE_TOKENS;
-    pdl_launch();
-    pdl_wait();
-    for (int e0 = 0; e0 < E; e0 += 16) {
-        float d[2][4] = {};
-        const bool low = e0 + g < E, high = e0 + g + 8 < E;
-        const T *w0 = gate + (size_t)(e0 + g) * H + t * 8;
-        const T *w1 = w0 + (size_t)8 * H;
-        #pragma unroll 4
-        for (int k = warp * 32; k < H; k += ROUTE_WARPS * 32) {
-            const uint4 zero = make_uint4(0, 0, 0, 0);
-            const uint4 a = low ? *reinterpret_cast<const uint4 *>(w0 + k) : zero;
-            const uint4 b = high ? *reinterpret_cast<const uint4 *>(w1 + k) : zero;
+// A warp: the experts of a token with these scores.
+DEVICE void choose_experts(const float *scores, const float *__restrict__ bias, float *__restrict__ pair_weight, int *__restrict__ pair_expert,
+                           int E, int K, int normalise, float scaling) {
+    const int lane = threadIdx.x % WARP;
+    float score[2];
+    uint32_t key[2];  // ordered as score + bias are; 0: none, or taken
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const int m = t0 + i * 8 + g;
-                const uint4 v = m < tokens ? *reinterpret_cast<const uint4 *>(x + (size_t)m * H + k + t * 8) : zero;
-                mma16816<T>(d[i], a.x, b.x, a.y, b.y, v.x, v.y);
-                mma16816<T>(d[i], a.z, b.z, a.w, b.w, v.z, v.w);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int e = e0 + g + j / 2 * 8, m = i * 8 + 2 * t + j % 2;
-                if (e < E) logits[(warp * ROUTE_TOKENS + m) * E + e] = d[i][j];
-            }
+    for (int h = 0; h < 2; h++) {
+        const int e = lane + h * WARP;
+        score[h] = e < E ? scores[e] : 0.f;
+        float v = score[h] + (e < E && bias ? bias[e] : 0.f);
+        if (!(v > -INFINITY)) v = -3.0e38f;  // NaN: still a valid expert
+        v += 0.f;                            // -0 is 0
+        const uint32_t bits = __float_as_uint(v);
+        key[h] = e < E ? bits ^ ((int)bits < 0 ? 0xffffffffu : 0x80000000u) : 0;
     }
-    __syncthreads();
-    for (int m = warp; m < ROUTE_TOKENS && t0 + m < tokens; m += ROUTE_WARPS) {
-        float score[2], rank[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int e = lane + h * WARP;
-            score[h] = 0.f;
-            rank[h] = -INFINITY;
-            if (e < E) {
-                float sum = 0.f;
-#pragma unroll
-                for (int i = 0; i < ROUTE_WARPS; i++) sum += logits[(i * ROUTE_TOKENS + m) * E + e];
-                score[h] = 1.f / (1.f + expf(-sum));
-                rank[h] = score[h] + (bias ? bias[e] : 0.f);
-                if (!(rank[h] > -INFINITY)) rank[h] = -3.0e38f;  // NaN: still a valid expert
-            }
-        }
-        float total = 0.f, mine = 0.f;
-        int expert = 0;
-        for (int k = 0; k < K; k++) {
-            const bool second = rank[1] > rank[0];
-            float best = second ? rank[1] : rank[0], value = second ? score[1] : score[0];
-            int at = lane + (second ? WARP : 0);
-#pragma unroll
-            for (int o = 16; o; o >>= 1) {
-                const float other = __shfl_xor_sync(FULL, best, o), other_value = __shfl_xor_sync(FULL, value, o);
-                const int other_at = __shfl_xor_sync(FULL, at, o);
-                if (other > best || (other == best && other_at < at)) {
-                    best = other;
-                    value = other_value;
-                    at = other_at;
-                }
-            }
-            total += value;
-            if (lane == k) {
-                mine = value;
-                expert = at;
-            }
-            if (at % WARP == lane) rank[at / WARP] = -INFINITY;
-        }
-        if (lane < K) {
-            const int p = (t0 + m) * K + lane;
-            pair_weight[p] = (normalise ? mine / (total + 1e-6f) : mine) * scaling;
-            pair_expert[p] = expert;
-            chosen[m * K + lane] = expert;
+    float total = 0.f, mine = 0.f;
+    int chosen = 0;
+    for (int k = 0; k < K; k++) {
+        const uint32_t most = __reduce_max_sync(FULL, max(key[0], key[1]));
+        const unsigned low = __ballot_sync(FULL, key[0] == most), high = __ballot_sync(FULL, key[1] == most);
+        const int e = low ? __ffs((int)low) - 1 : __ffs((int)high) - 1 + WARP;
+        const float s = __shfl_sync(FULL, e < WARP ? score[0] : score[1], e % WARP);
+        if (e == lane) key[0] = 0;
+        if (e == lane + WARP) key[1] = 0;
+        total += s;
+        if (lane == k) {
+            chosen = e;
+            mine = s;
         }
     }
-    if (gridDim.x > 1) return;
-    __syncthreads();
-    const int pairs = tokens * K;
-    __shared__ int count[64], begin[65];
-    for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        int n = 0;
-        for (int p = 0; p < pairs; p++) n += chosen[p] == e;
-        count[e] = n;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int sum = 0, n = 0;
-        for (int e = 0; e < E; e++) {
-            begin[e] = sum;
-            offsets[e] = sum;
-            if (count[e]) active[n++] = e;
-            sum += count[e];
-        }
-        offsets[E] = sum;
-        *active_count = n;
-    }
-    __syncthreads();
-    for (int p = threadIdx.x; p < pairs; p += blockDim.x) {
-        int before = 0;
-        for (int q = 0; q < p; q++) before += chosen[q] == chosen[p];
-        sorted_pairs[begin[chosen[p]] + before] = p;
+    if (lane < K) {
+        pair_weight[lane] = (normalise ? mine / (total + 1e-6f) : mine) * scaling;
+        pair_expert[lane] = chosen;
     }
 }
 
-#define ROUTE(T)                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(ROUTE_WARPS *WARP)                                                         \
-        moe_route_##T(const T *x, const T *gate, const float *bias, float *pair_weight, int *pair_expert, int *sorted_pairs, \
-                      int *offsets, int *active, int *active_count, int tokens, int H, int E, int K, int normalise,         \
-                      float scaling) {                                                                                      \
-        route<T>(x, gate, bias, pair_weight, pair_expert, sorted_pairs, offsets, active, active_count, tokens, H, E, K,     \
-                 normalise, scaling);                                                                                       \
+template <typename T>
+DEVICE void route(const T *__restrict__ x, const T *__restrict__ norm, float eps, T *__restrict__ normed, const T *__restrict__ gate,
+                  const float *__restrict__ bias, float *__restrict__ pair_weight, int *__restrict__ pair_expert, int tokens, int group, int H,
+                  int E, int K, int normalise, float scaling) {
+    extern __shared__ __align__(16) unsigned char raw[];
+    __shared__ float sums[ROUTE_WARPS];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, units = H / 32, vectors = H / 8, stride = vectors + 4;
+    uint4 *weights = reinterpret_cast<uint4 *>(raw);                    // [vectors], of the norm
+    uint4 *rows = weights + vectors;                                    // [group][stride]
+    float *partial = reinterpret_cast<float *>(rows + group * stride);  // [warps][group][E]
+    float *scores = partial + ROUTE_WARPS * group * E;                  // [group][E]
+    pdl_launch();
+    // Unit j of a warp is the (warp + 16 j)-th of H; a lane brings 16 bytes of expert g of a tile, and of expert g + 8.
+    const auto gates = [&](int e0, int unit, int half) {
+        const int e = e0 + half * 8 + g;
+        if (e >= E || unit >= units) return make_uint4(0, 0, 0, 0);
+        return *reinterpret_cast<const uint4 *>(gate + e * H + unit * 32 + t * 8);
+    };
+    uint4 ahead[ROUTE_TILES][ROUTE_UNITS][2];
+#pragma unroll
+    for (int i = 0; i < ROUTE_TILES; i++)
+#pragma unroll
+        for (int j = 0; j < ROUTE_UNITS; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) ahead[i][j][half] = gates(i * 16, warp + j * ROUTE_WARPS, half);
+    if (norm)
+        for (int i = threadIdx.x; i < vectors; i += ROUTE_THREADS) weights[i] = reinterpret_cast<const uint4 *>(norm)[i];
+    pdl_wait();
+    for (int t0 = blockIdx.x * group; t0 < tokens; t0 += gridDim.x * group) {
+        const int count = min(group, tokens - t0);
+        const T *from = x + (size_t)t0 * H;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < count * vectors; i += ROUTE_THREADS) {
+            const int m = i / vectors;
+            cp_async16(smem_address(rows + m * stride + i - m * vectors), from + (size_t)i * 8, true);
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        if (norm) {
+            const int share = ROUTE_WARPS / group, m = warp / share, first = warp % share * WARP + lane;  // of a token: warps
+            float sum = 0.f;
+            uint4 *row = rows + m * stride;
+            if (m < count)
+#pragma unroll 1
+                for (int i = first; i < vectors; i += share * WARP) {
+                    float f[8];
+                    unpack8<T>(row[i], f);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) sum += f[j] * f[j];
+                }
+            sum = warp_sum(sum);
+            if (lane == 0) sums[warp] = sum;
+            __syncthreads();
+            if (m < count) {
+                sum = 0.f;
+                for (int i = 0; i < share; i++) sum += sums[m * share + i];
+                const float scale = rsqrtf(sum / H + eps);
+#pragma unroll 1
+                for (int i = first; i < vectors; i += share * WARP) {
+                    float f[8], n[8];
+                    unpack8<T>(row[i], f);
+                    unpack8<T>(weights[i], n);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) f[j] = f[j] * scale * n[j];
+                    row[i] = pack8<T>(f);
+                    reinterpret_cast<uint4 *>(normed + (size_t)(t0 + m) * H)[i] = row[i];
+                }
+            }
+            __syncthreads();
+        }
+        // Experts are the 16-row side of the product, tokens the 8-wide side; columns past the last repeat it.
+        const uint4 *row = rows + min(g, count - 1) * stride + t;
+#pragma unroll 1
+        for (int e0 = 0; e0 < E; e0 += 16 * ROUTE_TILES) {
+            float d[ROUTE_TILES][4] = {};
+            const auto multiply = [&](int tile, int unit, uint4 a, uint4 b) {
+                const uint4 v = row[unit * 4];
+                mma16816<T>(d[tile], a.x, b.x, a.y, b.y, v.x, v.y);
+                mma16816<T>(d[tile], a.z, b.z, a.w, b.w, v.z, v.w);
+            };
+            if (e0 == 0)
+#pragma unroll
+                for (int j = 0; j < ROUTE_UNITS; j++)
+#pragma unroll
+                    for (int i = 0; i < ROUTE_TILES; i++)
+                        if (warp + j * ROUTE_WARPS < units) multiply(i, warp + j * ROUTE_WARPS, ahead[i][j][0], ahead[i][j][1]);
+#pragma unroll 1
+            for (int unit = warp + (e0 ? 0 : ROUTE_UNITS * ROUTE_WARPS); unit < units; unit += ROUTE_WARPS)
+#pragma unroll
+                for (int i = 0; i < ROUTE_TILES; i++) multiply(i, unit, gates(e0 + i * 16, unit, 0), gates(e0 + i * 16, unit, 1));
+#pragma unroll
+            for (int i = 0; i < ROUTE_TILES; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int e = e0 + i * 16 + g + j / 2 * 8, m = 2 * t + j % 2;
+                    if (e < E && m < count) partial[(warp * group + m) * E + e] = d[i][j];
+                }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < count * E; i += ROUTE_THREADS) {
+            float sum = 0.f;
+#pragma unroll
+            for (int w = 0; w < ROUTE_WARPS; w++) sum += partial[w * group * E + i];
+            scores[i] = 1.f / (1.f + expf(-sum));
+        }
+        __syncthreads();
+        if (warp < count)
+            choose_experts(scores + warp * E, bias, pair_weight + (size_t)(t0 + warp) * K, pair_expert + (size_t)(t0 + warp) * K, E, K, normalise, scaling);
+        // `scores` are written again two barriers later.
+    }
+}
+
+#define ROUTE(T)                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(ROUTE_THREADS)                                                              \
+        moe_route_##T(const T *x, const T *norm, float eps, T *normed, const T *gate, const float *bias, float *pair_weight, \
+                      int *pair_expert, int tokens, int group, int H, int E, int K, int normalise, float scaling) {          \
+        route<T>(x, norm, eps, normed, gate, bias, pair_weight, pair_expert, tokens, group, H, E, K, normalise, scaling);    \
     }
 ROUTE(bf16)
 ROUTE(f16)
 
 extern "C" __global__ void __launch_bounds__(1024)
-    moe_lists(const int *__restrict__ pair_expert, int *__restrict__ sorted_pairs, int *__restrict__ offsets, int *__restrict__ active,
-              int *__restrict__ active_count, int pairs, int E) {
-    __shared__ int scan[33];
-    __shared__ int seen[64];
+    moe_lists(const int *__restrict__ pair_expert, int *__restrict__ sorted_pairs, int *__restrict__ offsets, int pairs, int E) {
+    __shared__ int mine[32], below[32];
     const int e = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    // The warp's part of the pairs.
+    const int part = (pairs + 1023) / 1024 * WARP, first = min(warp * part, pairs), last = min(first + part, pairs);
     pdl_launch();
     pdl_wait();
-    if (threadIdx.x < 64) seen[threadIdx.x] = 0;
-    __syncthreads();
-    int smaller = 0;
-    for (int p = threadIdx.x; p < pairs; p += blockDim.x) {
-        const int other = pair_expert[p];
+    int smaller = 0, own = 0;
+#pragma unroll 4
+    for (int p = first + lane; p < last; p += WARP) {
+        const int other = __ldcg(pair_expert + p);
         smaller += other < e;
-        if (e == 0) seen[other] = 1;
+        own += other == e;
     }
     smaller = __reduce_add_sync(FULL, smaller);
-    if (lane == 0) scan[warp] = smaller;
+    own = __reduce_add_sync(FULL, own);
+    if (lane == 0) {
+        mine[warp] = own;
+        below[warp] = smaller;
+    }
     __syncthreads();
-    int begin = 0;
-    for (int i = 0; i < 32; i++) begin += scan[i];
-    int filled = begin;
-    for (int p0 = 0; p0 < pairs; p0 += blockDim.x) {
-        const int p = p0 + threadIdx.x;
-        const bool mine = p < pairs && pair_expert[p] == e;
-        const unsigned ballot = __ballot_sync(FULL, mine);
-        __syncthreads();
-        if (lane == 0) scan[warp] = __popc(ballot);
-        __syncthreads();
-        int before = 0, all = 0;
-        for (int i = 0; i < 32; i++) {
-            before += i < warp ? scan[i] : 0;
-            all += scan[i];
-        }
-        if (mine) sorted_pairs[filled + before + __popc(ballot & ((1u << lane) - 1))] = p;
-        filled += all;
+    const int begin = __reduce_add_sync(FULL, below[lane]), all = __reduce_add_sync(FULL, mine[lane]);
+    int at = begin + __reduce_add_sync(FULL, lane < warp ? mine[lane] : 0);
+#pragma unroll 4
+    for (int p0 = first; p0 < last; p0 += WARP) {
+        const int p = p0 + lane;
+        const bool hit = p < last && __ldcg(pair_expert + p) == e;
+        const unsigned hits = __ballot_sync(FULL, hit);
+        if (hit) sorted_pairs[at + __popc(hits & ((1u << lane) - 1))] = p;
+        at += __popc(hits);
     }
     if (threadIdx.x == 0) {
         offsets[e] = begin;
-        if (e == E - 1) offsets[E] = filled;
-        if (e == 0) {
-            int n = 0;
-            for (int i = 0; i < E; i++)
-                if (seen[i]) active[n++] = i;
-            *active_count = n;
-        }
+        if (e == E - 1) offsets[E] = begin + all;
     }
 }

@@ -12,10 +12,6 @@
 // Grid: a block per SM walks a contiguous range of (active expert, tile, pass); moe_w2_add: of tiles, all active experts for each.
 // An expert with more than TILES · 8 tokens takes several passes over a tile, whose weights then come from L2; passes are shared out
 // evenly too.
-// Spills: moe_w2_add_bf16
-// Spills: moe_w2_add_f16
-// Spills: moe_w13_skinny_bf16_1
-// Spills: moe_w13_skinny_f16_1
 // Cost: distinct experts · 3 · F · H · 2 bytes.
 #include "stream.cuh"
 
@@ -173,7 +169,7 @@ DEVICE void experts(const T *x, const T *w, const int *pair_expert, const float 
     cp_async_wait<0>();
 }
 
-#define ADD_DEPTH STREAM_DEPTH
+#define ADD_DEPTH StreamDepth<1>::value
 
 // Units of moe_w2_add carry the lane's 16 bytes of a token beside the weights: their expert changes too often for a load to be waited
 // for, which stands behind what is under way.
@@ -297,7 +293,7 @@ DEVICE void experts_add(const T *x, const T *w, const int *pair_expert, const fl
 }
 
 #define EXPERT(NAME, BODY, T)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(STREAM_THREADS)                                                             \
+    extern "C" __global__ void __launch_bounds__(STREAM_THREADS, 1)                                                             \
         NAME(const T *x, const T *w, const int *pair_expert, const float *pair_weight, T *out, int tokens, int rows, int K,  \
              int per_token) {                                                                                                \
         BODY(x, w, pair_expert, pair_weight, out, tokens, rows, K, per_token);                                               \

@@ -17,9 +17,12 @@
 #define STREAM_THREADS 256
 #define STREAM_STEPS 8
 
-// Units in flight a lane. So many that a block has an SM's shared memory to itself: where two fit, a kernel that begins before its
-// predecessor has left gets two blocks on some SMs and none on others, and takes up to twice its time.
-#define STREAM_DEPTH 14
+// Units in flight a lane: 48 or 56 KB a block. Fewer do not fill the memory's latency; more only queue there, and what a block must wait
+// for (tokens, the router's choice) waits behind them. Launches ask for more than half of an SM's shared memory all the same: where two
+// blocks fit, a kernel that begins before its predecessor has left gets two on some SMs and none on others, and takes up to twice its time.
+template <int TILES> struct StreamDepth {
+    static constexpr int value = TILES == 1 ? 6 : 7;
+};
 
 DEVICE uint4 fresh16(const void *p) {
     uint4 v;
@@ -48,7 +51,7 @@ DEVICE void copy_weights(uint32_t dst, const void *src, uint64_t policy) {
 }
 
 template <int TILES> struct StreamShared {
-    uint4 queue[STREAM_DEPTH][2][STREAM_THREADS];
+    uint4 queue[StreamDepth<TILES>::value][2][STREAM_THREADS];
     float partial[2][STREAM_WARPS][TILES][16][9];
 };
 
@@ -57,7 +60,7 @@ DEVICE int stream_column(int K) { return threadIdx.x / WARP * (K / STREAM_WARPS)
 
 // `Walk::next(p0, p1)` gives the lane's addresses in the next tile, rows g and g + 8 at its first column; false after the last.
 template <typename T, int TILES, class Walk> struct Stream {
-    static constexpr int DEPTH = STREAM_DEPTH;
+    static constexpr int DEPTH = StreamDepth<TILES>::value;
     const uint4 *slots;  // the lane's places
     const uint64_t policy = evict_first();
     int in = 0, out = 0, step = 0, steps;

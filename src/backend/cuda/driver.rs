@@ -46,6 +46,7 @@ pub struct Device {
     stream: sys::CUstream,
     pub name: String,
     pub multiprocessors: usize,
+    shared_per_multiprocessor: usize,
     /// Major · 10 + minor.
     pub capability: u32,
     pub free_bytes_at_start: usize,
@@ -147,6 +148,7 @@ impl Device {
                 });
             }
             let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+            let shared = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as usize;
             let mut name = [0u8; 128];
             check(
                 "cuDeviceGetName",
@@ -163,6 +165,7 @@ impl Device {
                 stream,
                 name,
                 multiprocessors,
+                shared_per_multiprocessor: shared,
                 capability,
                 free_bytes_at_start: free,
                 functions: HashMap::new(),
@@ -220,6 +223,11 @@ impl Device {
             })?;
         }
         Ok(function)
+    }
+
+    /// So much shared memory, at least `bytes`, that no second block fits beside a block that has it.
+    pub fn exclusive(&self, bytes: usize) -> usize {
+        bytes.max(self.shared_per_multiprocessor / 2)
     }
 
     /// Whether the binary holds this kernel for the device's architecture.

@@ -97,9 +97,14 @@ const NORM_TOKENS: usize = 8;
 /// Most tokens whose norm waits for its reader: the router takes it up to here.
 const PENDING_TOKENS: usize = 128;
 
-/// Shared memory of `StreamShared<tiles>`: the lanes' queues and two sets of partial sums; more than half an SM's.
+/// `StreamDepth` of include/stream.cuh.
+pub(super) const fn stream_depth(tiles: usize) -> usize {
+    if tiles == 1 { 6 } else { 7 }
+}
+
+/// Shared memory of `StreamShared<tiles>`: the lanes' queues and two sets of partial sums.
 pub(super) const fn stream_shared_bytes(tiles: usize) -> usize {
-    14 * 2 * 256 * 16 + 2 * 8 * tiles * 16 * 9 * 4
+    stream_depth(tiles) * 2 * 256 * 16 + 2 * 8 * tiles * 16 * 9 * 4
 }
 
 /// `SkinnyShared<tiles>` of linear_skinny.cu: room for a norm's weight and its sums of squares too.
@@ -190,7 +195,7 @@ impl CudaBackend {
                 (x.address(), 0, 0.0, "")
             }
         };
-        let bytes = skinny_shared_bytes(tiles);
+        let bytes = self.device.exclusive(skinny_shared_bytes(tiles));
         let function = self.device.function(&format!("{kind}{norm}_{types}_{tiles}"), bytes)?;
         let mut args = vec![
             from.arg(),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::driver::{Arg, Device, Memory, TensorMap};
-use super::linear::{WIDE_SHARED_BYTES, WIDE_THREADS, stream_shared_bytes, streams};
+use super::linear::{WIDE_SHARED_BYTES, WIDE_THREADS, stream_depth, stream_shared_bytes, streams};
 use super::{CudaBackend, CudaTensor, CudaWeight, Value, need};
 use crate::backend::{DType, Result, RouteShape};
 
@@ -11,10 +11,10 @@ use crate::backend::{DType, Result, RouteShape};
 const SKINNY_TOKENS: usize = 128;
 /// MAX_PAIRS of moe_skinny.cu.
 const SKINNY_PAIRS: usize = 1024;
-/// Widest `moe_route_few`.
-const ROUTE_WIDTH: usize = 4096;
-/// moe_route makes the experts' lists itself up to here; past it moe_lists does.
-const ONE_BLOCK_TOKENS: usize = 16;
+/// Tokens that a block of moe_route takes at a time, at most, and the shared memory that every card has for them.
+const ROUTE_GROUP: usize = 8;
+const ROUTE_THREADS: usize = 512;
+const ROUTE_SHARED_BYTES: usize = 96 << 10;
 
 /// Chosen experts, their lists, and the hidden and weighted output of every (token, k) pair.
 pub struct CudaRouting {
@@ -26,8 +26,6 @@ pub struct CudaRouting {
     pair_expert: Memory,
     sorted_pairs: Memory,
     offsets: Memory,
-    active: Memory,
-    active_count: Memory,
     h: Memory,
     delta: Memory,
 }
@@ -61,8 +59,6 @@ impl CudaRouting {
             pair_expert: memory(pairs * 4)?,
             sorted_pairs: memory(pairs * 4)?,
             offsets: memory((e + 1) * 4)?,
-            active: memory(e * 4)?,
-            active_count: memory(4)?,
             h: memory(pairs * ffn * dtype.size_bytes())?,
             delta: memory(pairs * hidden * dtype.size_bytes())?,
         })
@@ -75,7 +71,8 @@ const fn expert_shared_bytes(tiles: usize) -> usize {
 }
 
 /// `AddShared`.
-const ADD_SHARED_BYTES: usize = 14 * 3 * 256 * 16 + 2 * 8 * 16 * 9 * 4 + 64 * 4 + SKINNY_PAIRS + 8 * 8 * 4 + 8 * 16 * 4;
+const ADD_SHARED_BYTES: usize =
+    stream_depth(1) * 3 * 256 * 16 + 2 * 8 * 16 * 9 * 4 + 64 * 4 + SKINNY_PAIRS + 8 * 8 * 4 + 8 * 16 * 4;
 
 /// A tile of moe_experts.cu's `*_gemm`.
 struct Tile {
@@ -122,14 +119,10 @@ fn wide_pairs(tokens: usize, shape: &RouteShape) -> usize {
 }
 
 impl CudaBackend {
-    /// Whether moe_skinny.cu takes a step of `rows` tokens, and so moe_route_few the routing.
+    /// Whether moe_skinny.cu takes a step of `rows` tokens, which needs no lists.
     fn few(&self, r: &CudaRouting, rows: usize) -> bool {
         let fits = |inner: usize| streams(inner) && inner <= 2048;
-        rows <= SKINNY_TOKENS
-            && rows * r.shape.experts_per_token <= SKINNY_PAIRS
-            && fits(r.hidden)
-            && fits(r.ffn)
-            && r.hidden <= ROUTE_WIDTH
+        rows <= SKINNY_TOKENS && rows * r.shape.experts_per_token <= SKINNY_PAIRS && fits(r.hidden) && fits(r.ffn)
     }
 
     pub(super) fn route(
@@ -161,70 +154,51 @@ impl CudaBackend {
             || format!("gate in {}, bias in float32 expected", gate.dtype),
         )?;
         let bias = bias.map_or(0, |b| b.memory.address).arg();
-        if self.few(r, rows) {
-            need("moe_route", rows <= x.rows, || {
-                format!("{rows} rows of a tensor of {}", x.rows)
-            })?;
-            let (from, norm, eps) = match x.value.get() {
-                Value::Normed(norm) => (norm.x, norm.weight, norm.eps),
-                _ => {
-                    self.whole("moe_route", x, rows)?;
-                    (x.address(), 0, 0.0)
-                }
-            };
-            let args = [
-                from.arg(),
-                norm.arg(),
-                eps.arg(),
-                x.address().arg(),
-                gate.memory.address.arg(),
-                bias,
-                r.pair_weight.address.arg(),
-                r.pair_expert.address.arg(),
-                r.hidden.arg(),
-                e.arg(),
-                k.arg(),
-                shape.norm_topk_prob.arg(),
-                shape.routed_scaling_factor.arg(),
-            ];
-            x.store();
-            return self
-                .device
-                .launch(self.kernel("moe_route_few", 0)?, [rows, 1, 1], 512, 0, &args);
-        }
-        self.whole("moe_route", x, rows)?;
+        need("moe_route", rows <= x.rows, || {
+            format!("{rows} rows of a tensor of {}", x.rows)
+        })?;
+        let (from, norm, eps) = match x.value.get() {
+            Value::Normed(norm) => (norm.x, norm.weight, norm.eps),
+            _ => {
+                self.whole("moe_route", x, rows)?;
+                (x.address(), 0, 0.0)
+            }
+        };
+        let blocks = self.device.multiprocessors;
+        let (norm_bytes, token_bytes) = (r.hidden * 2, (r.hidden + 32) * 2 + (ROUTE_THREADS / 32 + 1) * e * 4);
+        let room = ROUTE_SHARED_BYTES.saturating_sub(norm_bytes) / token_bytes;
+        let group = rows.div_ceil(blocks).clamp(1, room.clamp(1, ROUTE_GROUP));
         let args = [
+            from.arg(),
+            norm.arg(),
+            eps.arg(),
             x.address().arg(),
             gate.memory.address.arg(),
             bias,
             r.pair_weight.address.arg(),
             r.pair_expert.address.arg(),
-            r.sorted_pairs.address.arg(),
-            r.offsets.address.arg(),
-            r.active.address.arg(),
-            r.active_count.address.arg(),
             rows.arg(),
+            group.arg(),
             r.hidden.arg(),
             e.arg(),
             k.arg(),
             shape.norm_topk_prob.arg(),
             shape.routed_scaling_factor.arg(),
         ];
-        let shared_bytes = 8 * 16 * e * 4;
+        x.store();
+        let bytes = norm_bytes + group * token_bytes;
         self.device.launch(
-            self.kernel("moe_route", shared_bytes)?,
-            [rows.div_ceil(16), 1, 1],
-            256,
-            shared_bytes,
+            self.kernel("moe_route", bytes)?,
+            [rows.div_ceil(group).min(blocks), 1, 1],
+            ROUTE_THREADS,
+            bytes,
             &args,
         )?;
-        if rows > ONE_BLOCK_TOKENS {
+        if !self.few(r, rows) {
             let args = [
                 r.pair_expert.address.arg(),
                 r.sorted_pairs.address.arg(),
                 r.offsets.address.arg(),
-                r.active.address.arg(),
-                r.active_count.address.arg(),
                 (rows * k).arg(),
                 e.arg(),
             ];
@@ -342,13 +316,13 @@ impl CudaBackend {
             ]
         };
         // An expert that has more tokens than a block holds takes another pass over its weights: several times its share is common.
-        let share = rows * k / r.shape.num_experts;
-        let tiles = match rows {
-            0..=8 => 1,
-            _ if share <= 4 => 2,
+        let share = if rows <= 8 { 1 } else { rows * k / r.shape.num_experts };
+        let tiles = match share {
+            0..=2 => 1,
+            3..=8 => 2,
             _ => 4,
         };
-        let bytes = expert_shared_bytes(tiles);
+        let bytes = self.device.exclusive(expert_shared_bytes(tiles));
         let groups = (rows * k).min(r.shape.num_experts);
         let launch = |name: &str, rows: usize, bytes: usize, args: &[u64]| {
             let blocks = rows.min(self.device.multiprocessors);
@@ -367,7 +341,7 @@ impl CudaBackend {
             return launch(
                 &format!("moe_w2_add_{}", self.suffix),
                 h / 16,
-                ADD_SHARED_BYTES,
+                self.device.exclusive(ADD_SHARED_BYTES),
                 &args(r.h.address.arg(), w2, residual.address().arg(), h, f),
             );
         }
