@@ -5,10 +5,11 @@
 // Shapes: qkv [T, (Nq + 2 Nk) 64] (attention_decode: its q part normed and turned), K and V cache [blocks, Nk, P, 64], block_tables
 // [S, max_blocks], out [T, Nq 64]. D = 64, P a multiple of 16, G <= 4; softmax and accumulation in f32.
 // Grid: (pieces, Nk, splits), 4 warps. The context is cut at fixed multiples of `split_tokens`, whatever the batch, so a row's sum never
-// depends on its neighbours; within a split, warp w takes tiles w, w + 4, … of 64 tokens, and the warps' results are added in their
+// depends on its neighbours; within a split, warp w takes tiles w, w + 4, … of 32 tokens, and the warps' results are added in their
 // order. The G query heads of a KV head stand on the M side of an MMA, so K and V are read once per group.
 // Rows of several splits leave (unnormalised out, max, sum) in `partial`; the last block of a (row, KV head) to arrive adds them in split
 // order, so that the result does not depend on timing. `arrived` [rows · Nk] holds zeros and is left so.
+// Of a warp's tiles STAGES are under way: two where blocks are few; one where many share an SM, of which then more fit. The result is the same.
 // A warp's first tile is requested before pdl_wait in attention_step: what is cached was written by an earlier step. The new token's row
 // of it is put in afterwards.
 // Cost: bytes = context · Nk · 64 · 4 per row.
@@ -16,12 +17,12 @@
 #include "stream.cuh"
 
 #define DECODE_WARPS 4
-#define DECODE_TILE 64
+#define DECODE_TILE 32
 
-struct DecodeShared {
-    unsigned char kv[DECODE_WARPS][2][DECODE_TILE * 128];  // K, V of a tile, in swizzled rows of 128 bytes
-    unsigned char q[16 * 128];                             // head within the group, 64 elements
-    float out[DECODE_WARPS][4][66];                        // of each warp: out, max, sum
+template <int STAGES> struct DecodeShared {
+    unsigned char kv[DECODE_WARPS][STAGES][2][DECODE_TILE * 128];  // K, V of a tile, in swizzled rows of 128 bytes
+    unsigned char q[16 * 128];                                     // head within the group, 64 elements
+    float out[DECODE_WARPS][4][66];                                // of each warp: out, max, sum
     unsigned last;
 };
 
@@ -45,7 +46,6 @@ DEVICE void load_tile(unsigned char *ks, unsigned char *vs, const T *k_cache, co
         cp_async16(smem_address(ks) + swizzled(r, c), k_cache + at[i], from + r < end);
         cp_async16(smem_address(vs) + swizzled(r, c), v_cache + at[i], from + r < end);
     }
-    cp_async_commit();
 }
 
 // A head's elements lane and lane + 32, normed and turned.
@@ -68,13 +68,13 @@ template <typename T> DEVICE void put(unsigned char *tile, int row, int element,
     *reinterpret_cast<T *>(tile + swizzled(row, element / 8) + element % 8 * 2) = from_f32<T>(v);
 }
 
-template <typename T, bool STEP>
+template <typename T, bool STEP, int STAGES>
 DEVICE void attend(const T *qkv, T *k_cache, T *v_cache, const uint32_t *block_tables, const int32_t *piece_row,
                    const uint32_t *row_starts, const uint32_t *context_lens, T *out, float *partial, unsigned *arrived, int Nq, int Nk, int P,
                    int max_blocks, float scale, int split_tokens, const T *q_norm, const T *k_norm, const float *inverse_frequency,
                    const int64_t *slot_mapping, float eps) {
     extern __shared__ __align__(128) unsigned char raw[];
-    auto &shared = *reinterpret_cast<DecodeShared *>(raw);
+    auto &shared = *reinterpret_cast<DecodeShared<STAGES> *>(raw);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int G = Nq / Nk, kv_head = blockIdx.y;
     pdl_launch();
@@ -85,9 +85,15 @@ DEVICE void attend(const T *qkv, T *k_cache, T *v_cache, const uint32_t *block_t
     const int begin = blockIdx.z * split_tokens, end = min(context, begin + split_tokens);
     const bool mine = row >= 0 && (int)__ldcg(row_starts + at_row + 1) - t0 == 1 && begin < end;
     const uint32_t *blocks = block_tables + (size_t)at_row * max_blocks;
-    unsigned char *ks = shared.kv[warp][0], *vs = shared.kv[warp][1];
-    int from = begin + warp * DECODE_TILE;
-    if (mine && from < end) load_tile<T>(ks, vs, k_cache, v_cache, blocks, kv_head, Nk, P, from, end);
+    constexpr int TURN = DECODE_WARPS * DECODE_TILE;
+    int from = begin + warp * DECODE_TILE, stage = 0;
+    const auto bring = [&](int at) {
+        if (mine && at < end) load_tile<T>(shared.kv[warp][stage][0], shared.kv[warp][stage][1], k_cache, v_cache, blocks, kv_head, Nk, P, at, end);
+        cp_async_commit();
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) bring(from + i * TURN);
     if (STEP) pdl_wait();
     if (!mine) {
         cp_async_wait<0>();
@@ -116,8 +122,9 @@ DEVICE void attend(const T *qkv, T *k_cache, T *v_cache, const uint32_t *block_t
 
     float o[8][4] = {}, high = -INFINITY, sum = 0.f;  // of query head g; rows g + 8 are empty
     const float log2_scale = scale * 1.44269504f;
-    for (; from < end; from += DECODE_WARPS * DECODE_TILE) {
-        cp_async_wait<0>();
+    for (; from < end; from += TURN) {
+        unsigned char *ks = shared.kv[warp][stage][0], *vs = shared.kv[warp][stage][1];
+        cp_async_wait<STAGES - 1>();
         __syncwarp();
         const int newest = context - 1 - from;  // the token's row in this tile
         if (STEP && newest >= 0 && newest < DECODE_TILE) {
@@ -180,8 +187,7 @@ DEVICE void attend(const T *qkv, T *k_cache, T *v_cache, const uint32_t *block_t
                 mma16816<T>(o[2 * j + 1], p[k][0], 0u, p[k][1], 0u, b[2], b[3]);
             }
         __syncwarp();
-        const int next = from + DECODE_WARPS * DECODE_TILE;
-        if (next < end) load_tile<T>(ks, vs, k_cache, v_cache, blocks, kv_head, Nk, P, next, end);
+        bring(from + STAGES * TURN);
     }
     sum += __shfl_xor_sync(FULL, sum, 1);
     sum += __shfl_xor_sync(FULL, sum, 2);
@@ -248,23 +254,27 @@ DEVICE void attend(const T *qkv, T *k_cache, T *v_cache, const uint32_t *block_t
     store(head, v, total);
 }
 
-#define ATTENTION(T)                                                                                                              \
+#define ATTENTION(T, STAGES)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(DECODE_WARPS *WARP)                                                              \
-        attention_decode_##T(const T *qkv, T *k_cache, T *v_cache, const uint32_t *block_tables, const int32_t *piece_row,        \
-                             const uint32_t *row_starts, const uint32_t *context_lens, T *out,       \
-                             float *partial, unsigned *arrived, int Nq, int Nk, int P, int max_blocks, float scale,               \
-                             int split_tokens) {                                                                                  \
-        attend<T, false>(qkv, k_cache, v_cache, block_tables, piece_row, row_starts, context_lens, out, partial,     \
-                         arrived, Nq, Nk, P, max_blocks, scale, split_tokens, nullptr, nullptr, nullptr, nullptr, 0.f);           \
+        attention_decode_##T##_##STAGES(const T *qkv, T *k_cache, T *v_cache, const uint32_t *block_tables,                       \
+                                        const int32_t *piece_row, const uint32_t *row_starts, const uint32_t *context_lens,       \
+                                        T *out, float *partial, unsigned *arrived, int Nq, int Nk, int P, int max_blocks,         \
+                                        float scale, int split_tokens) {                                                          \
+        attend<T, false, STAGES>(qkv, k_cache, v_cache, block_tables, piece_row, row_starts, context_lens, out, partial, arrived, \
+                                 Nq, Nk, P, max_blocks, scale, split_tokens, nullptr, nullptr, nullptr, nullptr, 0.f);            \
     }                                                                                                                             \
     extern "C" __global__ void __launch_bounds__(DECODE_WARPS *WARP)                                                              \
-        attention_step_##T(const T *qkv, T *k_cache, T *v_cache, const uint32_t *block_tables, const int32_t *piece_row,          \
-                           const uint32_t *row_starts, const uint32_t *context_lens, T *out,         \
-                           float *partial, unsigned *arrived, int Nq, int Nk, int P, int max_blocks, float scale,                 \
-                           int split_tokens, const T *q_norm, const T *k_norm, const float *inverse_frequency,                    \
-                           const int64_t *slot_mapping, float eps) {                                                              \
-        attend<T, true>(qkv, k_cache, v_cache, block_tables, piece_row, row_starts, context_lens, out, partial,      \
-                        arrived, Nq, Nk, P, max_blocks, scale, split_tokens, q_norm, k_norm, inverse_frequency, slot_mapping, eps); \
+        attention_step_##T##_##STAGES(const T *qkv, T *k_cache, T *v_cache, const uint32_t *block_tables,                         \
+                                      const int32_t *piece_row, const uint32_t *row_starts, const uint32_t *context_lens, T *out, \
+                                      float *partial, unsigned *arrived, int Nq, int Nk, int P, int max_blocks, float scale,      \
+                                      int split_tokens, const T *q_norm, const T *k_norm, const float *inverse_frequency,         \
+                                      const int64_t *slot_mapping, float eps) {                                                   \
+        attend<T, true, STAGES>(qkv, k_cache, v_cache, block_tables, piece_row, row_starts, context_lens, out, partial, arrived,  \
+                                Nq, Nk, P, max_blocks, scale, split_tokens, q_norm, k_norm, inverse_frequency, slot_mapping,      \
+                                eps);                                                                                             \
     }
-ATTENTION(bf16)
-ATTENTION(f16)
+#define STAGED(T)   \
+    ATTENTION(T, 1) \
+    ATTENTION(T, 2)
+STAGED(bf16)
+STAGED(f16)

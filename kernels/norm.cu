@@ -3,22 +3,22 @@
 //
 // Shapes: x, residual, out [rows, H]; weight [H]; delta [rows, parts, H] (parts > 1: the experts' weighted outputs, summed in
 // order here, so that the MoE needs no reduction kernel). 2-byte elements, statistics and sums in f32, the residual is
-// rounded before it is normalised so that both see the same value. H a multiple of 8, H <= 8 · 256 · 4.
-// Grid: one block of 256 threads per row; a thread owns 8 neighbouring elements per turn and keeps them in registers.
+// rounded before it is normalised so that both see the same value. H a multiple of 8, H <= 8 · 256 · TURNS.
+// Grid: one block of 256 threads per row; a thread owns 8 neighbouring elements per turn and keeps them in registers, which for one
+// turn are few enough to fill an SM with threads.
 // Cost: bytes = rows · H · 2 · (2 + parts + 1); no reuse.
 #include "common.cuh"
 
 #define NORM_THREADS 256
-#define NORM_TURNS 4
 
-template <typename T>
+template <typename T, int TURNS>
 DEVICE void add_norm_row(T *residual, const T *delta, int parts, const T *weight, float eps, T *out, int H, bool store) {
     __shared__ float scratch[NORM_THREADS / WARP];
     const size_t row = blockIdx.x;
-    float v[NORM_TURNS][8];
-    uint4 w[NORM_TURNS];
+    float v[TURNS][8];
+    uint4 w[TURNS];
 #pragma unroll
-    for (int i = 0; i < NORM_TURNS; i++) {
+    for (int i = 0; i < TURNS; i++) {
         const int c = (i * NORM_THREADS + threadIdx.x) * 8;
         if (c < H) w[i] = *reinterpret_cast<const uint4 *>(weight + c);
     }
@@ -26,16 +26,24 @@ DEVICE void add_norm_row(T *residual, const T *delta, int parts, const T *weight
     pdl_wait();
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < NORM_TURNS; i++) {
+    for (int i = 0; i < TURNS; i++) {
         const int c = (i * NORM_THREADS + threadIdx.x) * 8;
         if (c < H) {
             unpack8<T>(*reinterpret_cast<const uint4 *>(residual + row * H + c), v[i]);
             if (parts) {
-                float d[8], total[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
-                for (int p = 0; p < parts; p++) {
-                    unpack8<T>(*reinterpret_cast<const uint4 *>(delta + (row * parts + p) * H + c), d);
+                float d[8], total[8] = {};
+                for (int p0 = 0; p0 < parts; p0 += 4) {
+                    uint4 part[4];
 #pragma unroll
-                    for (int j = 0; j < 8; j++) total[j] += d[j];
+                    for (int p = 0; p < 4; p++)
+                        if (p0 + p < parts) part[p] = *reinterpret_cast<const uint4 *>(delta + (row * parts + p0 + p) * H + c);
+#pragma unroll
+                    for (int p = 0; p < 4; p++) {
+                        if (p0 + p >= parts) break;
+                        unpack8<T>(part[p], d);
+#pragma unroll
+                        for (int j = 0; j < 8; j++) total[j] += d[j];
+                    }
                 }
 #pragma unroll
                 for (int j = 0; j < 8; j++) v[i][j] += total[j];
@@ -49,7 +57,7 @@ DEVICE void add_norm_row(T *residual, const T *delta, int parts, const T *weight
     }
     const float scale = rsqrtf(block_sum<NORM_THREADS / WARP>(sum, scratch) / H + eps);
 #pragma unroll
-    for (int i = 0; i < NORM_TURNS; i++) {
+    for (int i = 0; i < TURNS; i++) {
         const int c = (i * NORM_THREADS + threadIdx.x) * 8;
         if (c < H) {
             float g[8];
@@ -61,15 +69,16 @@ DEVICE void add_norm_row(T *residual, const T *delta, int parts, const T *weight
     }
 }
 
-#define NORM(T)                                                                                                          \
+#define NORM(T, TURNS)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                                           \
-        rms_norm_##T(const T *x, const T *weight, float eps, T *out, int H) {                                            \
-        add_norm_row<T>(const_cast<T *>(x), nullptr, 0, weight, eps, out, H, false);                                     \
+        rms_norm_##T##_##TURNS(const T *x, const T *weight, float eps, T *out, int H) {                                  \
+        add_norm_row<T, TURNS>(const_cast<T *>(x), nullptr, 0, weight, eps, out, H, false);                              \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(NORM_THREADS)                                                           \
-        add_rms_norm_##T(T *residual, const T *delta, int parts, const T *weight, float eps, T *out, int H) {            \
-        add_norm_row<T>(residual, delta, parts, weight, eps, out, H, true);                                              \
-    }                                                                                                                    \
+        add_rms_norm_##T##_##TURNS(T *residual, const T *delta, int parts, const T *weight, float eps, T *out, int H) {  \
+        add_norm_row<T, TURNS>(residual, delta, parts, weight, eps, out, H, true);                                       \
+    }
+#define SWIGLU(T)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(256) swiglu_##T(const T *gate_up, T *out, int rows, int F) {            \
         pdl_launch();                                                                                                    \
         pdl_wait();                                                                                                      \
@@ -84,5 +93,9 @@ DEVICE void add_norm_row(T *residual, const T *delta, int parts, const T *weight
         }                                                                                                                \
     }
 
-NORM(bf16)
-NORM(f16)
+NORM(bf16, 1)
+NORM(bf16, 4)
+SWIGLU(bf16)
+NORM(f16, 1)
+NORM(f16, 4)
+SWIGLU(f16)

@@ -200,8 +200,9 @@ impl CudaBackend {
         out: &CudaTensor,
         more: &[u64],
     ) -> Result<()> {
-        /// `DecodeShared`: four warps' K and V tiles, queries, results.
-        const SHARED_BYTES: usize = 4 * 2 * 64 * 128 + 16 * 128 + 4 * 4 * 66 * 4 + 16;
+        /// Of `DecodeShared`: four warps' K and V tiles of a stage; queries and results.
+        const STAGE_BYTES: usize = 4 * 2 * 32 * 128;
+        const OTHER_BYTES: usize = 16 * 128 + 4 * 4 * 66 * 4 + 16;
         let group = shape.num_q_heads / shape.num_kv_heads;
         need(
             "attention",
@@ -232,9 +233,15 @@ impl CudaBackend {
             batch.split_tokens.arg(),
         ];
         args.extend(more);
-        let function = self.kernel(name, SHARED_BYTES)?;
         let grid = [batch.pieces, shape.num_kv_heads, batch.max_splits];
-        self.device.launch(function, grid, 128, SHARED_BYTES, &args)
+        // More blocks on an SM hide what each waits for; few blocks have all their tiles under way instead.
+        let is_crowded = grid.iter().product::<usize>() > 3 * self.device.multiprocessors;
+        let stages = if is_crowded { 1 } else { 2 };
+        let bytes = stages * STAGE_BYTES + OTHER_BYTES;
+        let function = self
+            .device
+            .function(&format!("{name}_{}_{stages}", self.suffix), bytes)?;
+        self.device.launch(function, grid, 128, bytes, &args)
     }
 
     /// `[D / 2]` f32: what a position is multiplied with to get RoPE's angles.
