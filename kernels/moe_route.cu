@@ -11,6 +11,7 @@
 // (32 experts of 2,048). The warps' sums are added in their order: a token's result depends on no other.
 // moe_lists: a block per expert, 32 warps; a warp takes a part of the pairs. It counts the smaller experts' pairs for its own offset.
 // Shared memory of moe_route: the norm's weights [H], tokens of a group [group][H + 32], sums [16][group][E], scores [group][E].
+// Memory has nothing else to do meanwhile: with many tokens, `ahead_bytes` at `ahead_of`, the experts' first weights, come to L2 (sm_90 on).
 // Cost: E · H · 2 bytes from L2 per block, T · H · 2 per step.
 #include "stream.cuh"
 
@@ -18,6 +19,14 @@
 #define ROUTE_THREADS (ROUTE_WARPS * WARP)
 #define ROUTE_TILES 2  // of 16 experts at a time; the gates of the first stay in registers
 #define ROUTE_UNITS 4  // of 32 inner elements, that a warp has so: H <= 2,048
+
+// Of what is read next, to L2: `bytes` a multiple of 16.
+#define AHEAD_CHUNK 16384
+DEVICE void prefetch_l2(const void *p, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
+#endif
+}
 
 // A warp: the experts of a token with these scores.
 DEVICE void choose_experts(const float *scores, const float *__restrict__ bias, float *__restrict__ pair_weight, int *__restrict__ pair_expert,
@@ -59,7 +68,7 @@ DEVICE void choose_experts(const float *scores, const float *__restrict__ bias, 
 template <typename T>
 DEVICE void route(const T *__restrict__ x, const T *__restrict__ norm, float eps, T *__restrict__ normed, const T *__restrict__ gate,
                   const float *__restrict__ bias, float *__restrict__ pair_weight, int *__restrict__ pair_expert, int tokens, int group, int H,
-                  int E, int K, int normalise, float scaling) {
+                  int E, int K, int normalise, float scaling, const unsigned char *ahead_of, int ahead_bytes) {
     extern __shared__ __align__(16) unsigned char raw[];
     __shared__ float sums[ROUTE_WARPS];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, units = H / 32, vectors = H / 8, stride = vectors + 4;
@@ -95,6 +104,9 @@ DEVICE void route(const T *__restrict__ x, const T *__restrict__ norm, float eps
         cp_async_commit();
         cp_async_wait<0>();
         __syncthreads();
+        if (t0 == blockIdx.x * group && lane == 0)
+            for (int i = (blockIdx.x * ROUTE_WARPS + warp) * AHEAD_CHUNK; i < ahead_bytes; i += gridDim.x * ROUTE_WARPS * AHEAD_CHUNK)
+                prefetch_l2(ahead_of + i, min(AHEAD_CHUNK, ahead_bytes - i));
         if (norm) {
             const int share = ROUTE_WARPS / group, m = warp / share, first = warp % share * WARP + lane;  // of a token: warps
             float sum = 0.f;
@@ -172,8 +184,10 @@ DEVICE void route(const T *__restrict__ x, const T *__restrict__ norm, float eps
 #define ROUTE(T)                                                                                                             \
     extern "C" __global__ void __launch_bounds__(ROUTE_THREADS)                                                              \
         moe_route_##T(const T *x, const T *norm, float eps, T *normed, const T *gate, const float *bias, float *pair_weight, \
-                      int *pair_expert, int tokens, int group, int H, int E, int K, int normalise, float scaling) {          \
-        route<T>(x, norm, eps, normed, gate, bias, pair_weight, pair_expert, tokens, group, H, E, K, normalise, scaling);    \
+                      int *pair_expert, int tokens, int group, int H, int E, int K, int normalise, float scaling,            \
+                      const unsigned char *ahead_of, int ahead_bytes) {                                                      \
+        route<T>(x, norm, eps, normed, gate, bias, pair_weight, pair_expert, tokens, group, H, E, K, normalise, scaling,     \
+                 ahead_of, ahead_bytes);                                                                                     \
     }
 ROUTE(bf16)
 ROUTE(f16)

@@ -389,6 +389,8 @@ pub trait Backend: Send + 'static {
     ) -> Result<()>;
     /// `out = silu(gate) ⊙ up` of `[rows, 2F]` = `[gate | up]` → `[rows, F]`.
     fn swiglu(&mut self, gate_up: &Self::Tensor, rows: usize, out: &mut Self::Tensor) -> Result<()>;
+    /// A hint: what follows the next operation reads this weight from its beginning. It may be ignored.
+    fn prefetch(&mut self, _weight: &Self::Weight) {}
     /// Router: scores = sigmoid(x · gateᵀ) in f32; equal scores go to the lower expert.
     fn moe_route(
         &mut self,

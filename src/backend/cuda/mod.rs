@@ -110,6 +110,8 @@ pub struct CudaBackend {
     attention_arrived: Memory,
     /// Recorded decode steps by what their launches depend on; none with `--enforce-eager`.
     graphs: Option<HashMap<GraphKey, Graph>>,
+    /// Where a weight is that will be read soon, and its bytes; the next kernel that can bring it to L2 takes it.
+    soon: Option<(Address, usize)>,
     timing: Option<Timing>,
     /// `Σ` over decode rows of their splits that `attention_partial` has room for.
     attention_splits: usize,
@@ -193,6 +195,7 @@ impl CudaBackend {
             graphs: (!enforce_eager).then(HashMap::new),
             timing: None,
             attention_splits: 0,
+            soon: None,
         })
     }
 
@@ -768,6 +771,11 @@ impl Backend for CudaBackend {
         let args = [gate_up.address().arg(), out.address().arg(), rows.arg(), out.cols.arg()];
         self.device
             .launch(self.kernel("swiglu", 0)?, [blocks, 1, 1], 256, 0, &args)
+    }
+
+    fn prefetch(&mut self, weight: &CudaWeight) {
+        let bytes = weight.rows * weight.cols * weight.dtype.size_bytes();
+        self.soon = Some((weight.memory.address, bytes));
     }
 
     fn moe_route(

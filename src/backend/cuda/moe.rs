@@ -7,14 +7,16 @@ use super::linear::{WIDE_SHARED_BYTES, WIDE_THREADS, stream_depth, stream_shared
 use super::{CudaBackend, CudaTensor, CudaWeight, Value, need};
 use crate::backend::{DType, Result, RouteShape};
 
-/// Up to here an expert has so few tokens that reading its weights once is all that counts (moe_skinny.cu).
-const SKINNY_TOKENS: usize = 128;
+/// Up to here an expert has so few tokens that reading its weights once is all that counts (moe_skinny.cu); with and without wgmma.
+const SKINNY_TOKENS: [usize; 2] = [64, 128];
 /// MAX_PAIRS of moe_skinny.cu.
 const SKINNY_PAIRS: usize = 1024;
 /// Tokens that a block of moe_route takes at a time, at most, and the shared memory that every card has for them.
 const ROUTE_GROUP: usize = 8;
 const ROUTE_THREADS: usize = 512;
 const ROUTE_SHARED_BYTES: usize = 96 << 10;
+/// What moe_route brings to L2 of the experts' weights while memory idles.
+const ROUTE_AHEAD_BYTES: usize = 16 << 20;
 
 /// Chosen experts, their lists, and the hidden and weighted output of every (token, k) pair.
 pub struct CudaRouting {
@@ -122,7 +124,8 @@ impl CudaBackend {
     /// Whether moe_skinny.cu takes a step of `rows` tokens, which needs no lists.
     fn few(&self, r: &CudaRouting, rows: usize) -> bool {
         let fits = |inner: usize| streams(inner) && inner <= 2048;
-        rows <= SKINNY_TOKENS && rows * r.shape.experts_per_token <= SKINNY_PAIRS && fits(r.hidden) && fits(r.ffn)
+        let most = SKINNY_TOKENS[usize::from(!self.has_wgmma)];
+        rows <= most && rows * r.shape.experts_per_token <= SKINNY_PAIRS && fits(r.hidden) && fits(r.ffn)
     }
 
     pub(super) fn route(
@@ -164,6 +167,11 @@ impl CudaBackend {
                 (x.address(), 0, 0.0)
             }
         };
+        // With three pairs an expert hardly any is left out.
+        let (ahead, ahead_bytes) = match self.soon.take() {
+            Some((address, bytes)) if rows * k >= 3 * e => (address, bytes.min(ROUTE_AHEAD_BYTES)),
+            _ => (0, 0),
+        };
         let blocks = self.device.multiprocessors;
         let (norm_bytes, token_bytes) = (r.hidden * 2, (r.hidden + 32) * 2 + (ROUTE_THREADS / 32 + 1) * e * 4);
         let room = ROUTE_SHARED_BYTES.saturating_sub(norm_bytes) / token_bytes;
@@ -184,6 +192,8 @@ impl CudaBackend {
             k.arg(),
             shape.norm_topk_prob.arg(),
             shape.routed_scaling_factor.arg(),
+            ahead.arg(),
+            ahead_bytes.arg(),
         ];
         x.store();
         let bytes = norm_bytes + group * token_bytes;

@@ -54,6 +54,7 @@ impl<B: Backend> Moe<B> {
             message: "the workspace was made for a dense model".into(),
             fatal: true,
         })?;
+        backend.prefetch(&self.w13);
         backend.moe_route(&ws.normed, tokens, &self.gate, self.bias.as_ref(), &self.shape, routing)?;
         let (residual, delta) = (&mut ws.residual, &mut ws.delta);
         backend.moe_experts_residual(&ws.normed, tokens, &self.w13, &self.w2, routing, residual, delta)
