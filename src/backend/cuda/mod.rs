@@ -33,7 +33,7 @@ pub use weight::CudaWeight;
 /// Tokens of a row that one block of attention and short convolution takes.
 pub(super) const PIECE_TOKENS: usize = 32;
 /// Context tokens per split of a decode row's attention; a property of the row alone, so that no sum depends on neighbours.
-pub(super) const SPLIT_TOKENS: usize = 256;
+pub(super) const SPLIT_TOKENS: usize = 512;
 
 fn bug(op: &'static str, message: String) -> BackendError {
     BackendError {
