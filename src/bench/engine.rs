@@ -2,7 +2,7 @@
 //!
 //! Prompts are random ids, new in every iteration, so that the prefix cache helps nobody.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -187,6 +187,8 @@ pub struct StepTimes {
     pub steps: AtomicU64,
     pub submit_ns: AtomicU64,
     pub collect_ns: AtomicU64,
+    /// Whether the device is asked too, which costs it some microseconds a step.
+    pub asks_device: AtomicBool,
     /// What the device says itself, of decode steps; nothing on a CPU.
     pub device: Mutex<DeviceTimes>,
 }
@@ -196,9 +198,6 @@ impl StepTimes {
     pub fn reset(&self) {
         for counter in [&self.steps, &self.submit_ns, &self.collect_ns] {
             counter.store(0, Ordering::Relaxed);
-        }
-        if let Ok(mut device) = self.device.lock() {
-            *device = DeviceTimes::default();
         }
     }
 }
@@ -231,7 +230,9 @@ impl Executor for Timed {
 
     fn collect(&mut self, ticket: Ticket) -> Result<StepOutput, ExecutorError> {
         let output = timed(&self.times.collect_ns, || self.executor.collect(ticket));
-        if let (Some(new), Ok(mut all)) = (self.executor.device_times(), self.times.device.lock()) {
+        if self.times.asks_device.load(Ordering::Relaxed)
+            && let (Some(new), Ok(mut all)) = (self.executor.device_times(), self.times.device.lock())
+        {
             all.steps += new.steps;
             all.forward_s += new.forward_s;
             all.sample_s += new.sample_s;
