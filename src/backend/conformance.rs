@@ -131,6 +131,7 @@ pub fn conformance<B: Backend>(backend: &mut B, options: &Options) {
     suite.experts();
     suite.fused();
     suite.sampling();
+    suite.kept_tokens();
     suite.sampling_state();
     suite.refusals();
 }

@@ -199,6 +199,88 @@ impl<B: Backend> Suite<'_, B> {
         near(report.top[1].1, -2.0 - (1.0f32 + (-2.0f32).exp()).ln());
     }
 
+    /// Which tokens of a large vocabulary min-p, top-k and top-p leave, by the processed log-probability of the best: it says what
+    /// all that are left weigh.
+    pub(super) fn kept_tokens(&mut self) {
+        for vocab in [9001usize, 128_000] {
+            // A few likely tokens over many unlikely ones, of both signs, some of them equal.
+            let uniform = self.rng.values(vocab);
+            let logits: Vec<f32> = uniform
+                .iter()
+                .map(|u| (12.0 * u * u * u * 32.0).round() / 32.0)
+                .collect();
+            let mut sorted = logits.clone();
+            sorted.sort_unstable_by(|a, b| b.total_cmp(a));
+            let mut sampler = self.backend.sampler(1, vocab, 1).expect("sampler");
+            for (temperature, top_k, top_p, min_p) in [
+                (1.0, 0, 1.0, 0.0),
+                (0.7, 50, 1.0, 0.0),
+                (1.3, 3000, 1.0, 0.0),
+                (1.0, 8500, 1.0, 0.0),
+                (0.3, 0, 0.9, 0.0),
+                (1.5, 0, 0.99, 0.0),
+                (0.3, 0, 1.0, 0.15),
+                (2.0, 2000, 0.8, 0.05),
+            ] {
+                let params = SamplingParams {
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    logprobs: Some(1),
+                    logprobs_mode: LogprobsMode::ProcessedLogprobs,
+                    ..Default::default()
+                };
+                let weight = |l: f32| (f64::from(l - sorted[0]) / f64::from(temperature)).exp();
+                let mut kept: Vec<f32> = sorted
+                    .iter()
+                    .copied()
+                    .filter(|l| weight(*l) >= f64::from(min_p))
+                    .collect();
+                if let Some(&last) = (top_k as usize).checked_sub(1).and_then(|i| kept.get(i)) {
+                    kept.retain(|l| *l >= last);
+                }
+                // Of equal values at top-p's edge a backend may keep as many as reach it, or all.
+                let total = |kept: &[f32]| kept.iter().map(|l| weight(*l)).sum::<f64>();
+                let (target, mut sum) = (total(&kept) * f64::from(top_p), 0.0);
+                let reach = kept.iter().position(|l| {
+                    sum += weight(*l);
+                    sum >= target
+                });
+                let mut fewest = total(&kept);
+                if let (Some(reach), true) = (reach, top_p < 1.0) {
+                    fewest = total(&kept[..=reach]);
+                    let last = kept[reach];
+                    kept.retain(|l| *l >= last);
+                }
+                let (most_likely, least_likely) = (-fewest.ln(), -total(&kept).ln());
+                self.start(&mut sampler, 0, params, &[]);
+                let request = SampleRequest {
+                    logit_row: 0,
+                    slot: 0,
+                    output_index: 3,
+                    mask: None,
+                };
+                let got = self.sample(&logits, vocab, &mut sampler, &[request]);
+                let report = got[0].logprobs.as_ref().expect("logprobs were asked for");
+                let case =
+                    format!("{vocab} tokens, temperature {temperature}, top-k {top_k}, top-p {top_p}, min-p {min_p}");
+                let best = f64::from(report.top[0].1);
+                assert!(
+                    best > least_likely - 1e-3 && best < most_likely + 1e-3,
+                    "{case}: {best} for the best, not {least_likely} to {most_likely}"
+                );
+                let drawn = logits[got[0].id as usize];
+                let least = kept.last().copied().unwrap_or_default();
+                assert!(drawn >= least, "{case}: drew {drawn}, below {least}");
+                assert!(
+                    (f64::from(report.logprob) - (weight(drawn).ln() + best)).abs() < 1e-3,
+                    "{case}: {report:?}"
+                );
+            }
+        }
+    }
+
     /// Feedback, resumption, and independence of neighbours.
     pub(super) fn sampling_state(&mut self) {
         const V: usize = 500;
