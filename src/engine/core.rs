@@ -4,7 +4,7 @@
 //! last is collected, one with a single step does not.
 
 use std::any::Any;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::constrained::{self, Constrained, DueMask};
 use super::handle::{Exit, Shared};
-use super::scheduler::{NewSequence, PlannedRow, PlannedStep, Progress, Scheduler, SequenceId};
+use super::scheduler::{NewSequence, PlannedRow, PlannedStep, Progress, Scheduler, SequenceId, SequenceMap};
 use super::stream::SequenceSink;
 use super::trace::TracedRequest;
 use super::{ChoiceGroup, EngineError, EngineStats, FinishReason, PauseMode, SequenceEvent, SequenceTiming};
@@ -70,7 +70,7 @@ pub(super) struct Core {
     scheduler: Scheduler,
     inbox: Receiver<Command>,
     shared: Arc<Shared>,
-    clients: HashMap<SequenceId, Client>,
+    clients: SequenceMap<Client>,
     /// Submitted steps, the oldest first.
     in_flight: VecDeque<InFlight>,
     /// For rows whose sequence has ended, or fails.
@@ -121,7 +121,7 @@ impl Core {
             scheduler,
             inbox,
             shared,
-            clients: HashMap::new(),
+            clients: SequenceMap::default(),
             in_flight: VecDeque::new(),
             stats: EngineStats::default(),
             stats_log: StatsLog::new(),

@@ -3,10 +3,11 @@
 //! The caller alternates [`Scheduler::plan`] (what to submit next) and [`Scheduler::complete`] (what a collected step
 //! sampled), with at most one step between a plan and the completion of the one before it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use super::FinishReason;
 use super::cache::{BlockHasher, KvCache};
+pub(super) use super::sequence::SequenceMap;
 pub use super::sequence::{NewSequence, SequenceId};
 use super::sequence::{Phase, Sequence};
 use crate::step::{
@@ -81,7 +82,7 @@ pub struct Scheduler {
     capacity: Capacity,
     hasher: BlockHasher,
     cache: KvCache,
-    sequences: HashMap<SequenceId, Sequence>,
+    sequences: SequenceMap<Sequence>,
     /// In the order of admission.
     running: Vec<SequenceId>,
     /// By rank: lower priority value, then arrival. A preempted sequence thus returns to its old place.
@@ -110,7 +111,7 @@ impl Scheduler {
             free_slots: (0..capacity.max_num_seqs as SlotId).rev().collect(),
             capacity: capacity.clone(),
             options,
-            sequences: HashMap::new(),
+            sequences: SequenceMap::default(),
             running: Vec::new(),
             waiting: BTreeSet::new(),
             num_ended: 0,

@@ -1,5 +1,6 @@
 //! One sequence inside the scheduler: its tokens, how far they are computed, and when it ends.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::cache::{BlockHash, BlockTable};
@@ -11,6 +12,9 @@ use crate::step::{HiddenRow, SamplingParams, SlotId, TokenId, TokenLogprobs};
 /// Numbers sequences in the order of their arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(pub u64);
+
+/// By sequence, looked up several times a row and step. The ids are our own counter: nobody can choose them to collide.
+pub(super) type SequenceMap<T> = HashMap<SequenceId, T, foldhash::fast::RandomState>;
 
 /// What the scheduler must know to run a sequence.
 #[derive(Clone, Debug)]
