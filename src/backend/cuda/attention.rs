@@ -200,9 +200,8 @@ impl CudaBackend {
         out: &CudaTensor,
         more: &[u64],
     ) -> Result<()> {
-        /// Of `DecodeShared`: four warps' K and V tiles of a stage; queries and results.
-        const STAGE_BYTES: usize = 4 * 2 * 32 * 128;
-        const OTHER_BYTES: usize = 16 * 128 + 4 * 4 * 66 * 4 + 16;
+        /// `DecodeShared`: four warps' K and V tiles, two under way; queries; results.
+        const SHARED_BYTES: usize = 4 * 2 * 2 * 32 * 128 + 16 * 128 + 4 * 4 * 66 * 4 + 16;
         let group = shape.num_q_heads / shape.num_kv_heads;
         need(
             "attention",
@@ -231,17 +230,19 @@ impl CudaBackend {
             batch.max_blocks.arg(),
             shape.scale.arg(),
             batch.split_tokens.arg(),
+            batch.max_splits.arg(),
         ];
         args.extend(more);
-        let grid = [batch.pieces, shape.num_kv_heads, batch.max_splits];
-        // More blocks on an SM hide what each waits for; few blocks have all their tiles under way instead.
-        let is_crowded = grid.iter().product::<usize>() > 3 * self.device.multiprocessors;
-        let stages = if is_crowded { 1 } else { 2 };
-        let bytes = stages * STAGE_BYTES + OTHER_BYTES;
-        let function = self
-            .device
-            .function(&format!("{name}_{}_{stages}", self.suffix), bytes)?;
-        self.device.launch(function, grid, 128, bytes, &args)
+        // `max_splits` is a power of two: where blocks are many, half as many leave none without work.
+        let crowded = batch.pieces * shape.num_kv_heads * batch.max_splits > 3 * self.device.multiprocessors;
+        let splits = if crowded {
+            batch.max_splits.div_ceil(2)
+        } else {
+            batch.max_splits
+        };
+        let grid = [batch.pieces, shape.num_kv_heads, splits];
+        let function = self.kernel(name, SHARED_BYTES)?;
+        self.device.launch(function, grid, 128, SHARED_BYTES, &args)
     }
 
     /// `[D / 2]` f32: what a position is multiplied with to get RoPE's angles.
