@@ -91,17 +91,20 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
     }
     pdl_wait();
 
-    uint4 v[TILES][STREAM_STEPS];
-    const auto load = [&](int s0) {
+    // A segment's tokens, in the order in which they are multiplied; where registers last, the next segment's come meanwhile.
+    constexpr int SEGMENTS = TILES <= 2 ? 2 : 1;
+    uint4 tokens[SEGMENTS][TILES][STREAM_STEPS];
+    auto &v = tokens[0], &after = tokens[SEGMENTS - 1];
+    const auto load = [&](auto &v, int s0) {
 #pragma unroll
-        for (int i = 0; i < TILES; i++)
+        for (int s = 0; s < STREAM_STEPS; s++)
 #pragma unroll
-            for (int s = 0; s < STREAM_STEPS; s++) {
+            for (int i = 0; i < TILES; i++) {
                 v[i][s] = make_uint4(0, 0, 0, 0);
                 if (i * 8 + g < M && s0 + s < steps) v[i][s] = fresh16(x + (size_t)(i * 8 + g) * K + column + (s0 + s) * 32);
             }
     };
-    load(0);
+    load(v, 0);
     if (NORM) {
         float squares = 0.f;
 #pragma unroll
@@ -142,9 +145,13 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
             }
         if (KIND == CONV && tile % 3 == 0 && tile > begin * PARTS) past(tile);
         float d[TILES][2][4] = {};
-        for (int s0 = 0; s0 < steps; s0 += STREAM_STEPS) {
-            if (steps > STREAM_STEPS && (s0 || tile > begin * PARTS)) load(s0);
+        for (int s0 = 0; s0 < steps; s0 += SEGMENTS * STREAM_STEPS) {
+            const int s1 = s0 + STREAM_STEPS, s2 = s0 + SEGMENTS * STREAM_STEPS;
+            if (SEGMENTS == 2 && s1 < steps) load(after, s1);
             stream.multiply(v, min(STREAM_STEPS, steps - s0), used, d);
+            // The first segment again for the next tile.
+            if (steps > STREAM_STEPS && (s2 < steps || tile + 1 < end * PARTS)) load(v, s2 < steps ? s2 : 0);
+            if (SEGMENTS == 2 && s1 < steps) stream.multiply(after, min(STREAM_STEPS, steps - s1), used, d);
         }
         stream_partial<TILES>(shared, buffer, d);
         __syncthreads();

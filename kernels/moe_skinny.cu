@@ -130,16 +130,20 @@ DEVICE void experts(const T *x, const T *w, const int *pair_expert, const float 
         loaded = here.at.expert;
         loaded_pass = here.at.pass;
         count = list_pairs(shared, loaded, loaded_pass * TILES * 8, pairs);
+        const T *from[TILES];
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             const int pair = i * 8 + g < count ? list[i * 8 + g] : -1;
-            const T *from = x + (size_t)(GATED ? pair / per_token : pair) * K + column;
-#pragma unroll
-            for (int s = 0; s < STREAM_STEPS; s++) {
-                v[i][s] = make_uint4(0, 0, 0, 0);
-                if (pair >= 0 && s < steps) v[i][s] = fresh16(from + s * 32);
-            }
+            from[i] = pair < 0 ? nullptr : x + (size_t)(GATED ? pair / per_token : pair) * K + column;
         }
+        // In the order in which they are multiplied.
+#pragma unroll
+        for (int s = 0; s < STREAM_STEPS; s++)
+#pragma unroll
+            for (int i = 0; i < TILES; i++) {
+                v[i][s] = make_uint4(0, 0, 0, 0);
+                if (from[i] && s < steps) v[i][s] = fresh16(from[i] + s * 32);
+            }
     };
     // What the previous kernel leaves is read before the queue fills, or it would wait behind it.
     if (GATED) load();
