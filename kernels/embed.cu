@@ -1,4 +1,4 @@
-// embed: out[t] = table[token_ids[t]]; gather: out[n] = x[rows[n]]; feed_back: token_ids[row_starts[s]] = last[slots[s]].
+// embed: out[t] = table[token_ids[t]]; gather: out[n] = x[rows[n]].
 // upload: a step's arrays from page-locked host memory, one block per array; offsets and sizes in vectors of 16 bytes. A copy engine
 // would need microseconds to take over and give back. It lets no kernel begin before it has ended.
 //
@@ -16,14 +16,15 @@ extern "C" __global__ void gather_rows(const uint4 *__restrict__ source, const u
     for (int i = threadIdx.x; i < vectors; i += blockDim.x) out[to + i] = source[from + i];
 }
 
-// Rows whose input is the token last sampled in their slot. Grid: S threads.
-extern "C" __global__ void feed_back(uint32_t *__restrict__ token_ids, const uint32_t *__restrict__ row_starts,
-                                     const int32_t *__restrict__ slots, const uint8_t *__restrict__ feedback,
-                                     const uint32_t *__restrict__ last_sampled, int rows) {
+// An id with bit 31 stands for the token last sampled in the slot that its other bits name.
+extern "C" __global__ void embed(const uint4 *__restrict__ table, const uint32_t *__restrict__ ids,
+                                 const uint32_t *__restrict__ last_sampled, uint4 *__restrict__ out, int vectors) {
     pdl_launch();
     pdl_wait();
-    const int s = blockIdx.x * blockDim.x + threadIdx.x;
-    if (s < rows && feedback[s] && slots[s] >= 0) token_ids[row_starts[s]] = last_sampled[slots[s]];
+    uint32_t id = ids[blockIdx.x];
+    if (id >> 31) id = last_sampled[id & 0x7fffffff];
+    const size_t from = (size_t)id * vectors, to = (size_t)blockIdx.x * vectors;
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) out[to + i] = table[from + i];
 }
 
 struct Pieces {

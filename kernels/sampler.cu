@@ -6,14 +6,16 @@
 // Order: masks and edits, penalties (repetition over prompt and output, presence and frequency over output), temperature,
 // min-p, top-k, top-p, then the largest of logit / temperature + Gumbel noise. The noise of a token depends on (seed, index of the
 // output token, token id) alone, hence the draw on nothing else. Equal values: the lower id.
-// Thresholds of top-k and top-p are found by radix selection over the ordered bits of the logit, 8 bits a pass, with integer
-// counts and 2^-32 fixed-point masses, so that no sum depends on the order of atomics. Tokens equal to the threshold are kept.
-// top-k up to 1,024: the k-th largest of the threads' own maxima bounds the k-th largest value from below; the few values from
-// there on are gathered in shared memory, where the rest happens. More than CANDIDATES of them: the whole row is selected from.
+// Thresholds of top-k and top-p are found by radix selection over the ordered bits of the logit, 8 bits a pass from the highest that
+// differs, with integer counts and 2^-32 fixed-point masses, so that no sum depends on the order of atomics or on the number of
+// blocks. Tokens equal to the threshold are kept. The k-th largest of the threads' own maxima bounds the k-th largest value from below.
 // Edits and completed bad words are written into the row and taken back before raw log-probabilities are read.
 // bad words: per slot up to WORDS (offset, length) pairs and WORD_TOKENS ids; history [slots, WORD_TOKENS] holds output token i at
 // i % WORD_TOKENS. A word of n ids is completed when the last n - 1 outputs are its first n - 1.
-// Grid: one block of 1,024 threads per request. Cost: 1 pass over the row for greedy, 2 with top-k, up to 10 for the rest, from L2.
+// Grid: a cluster of up to TEAM blocks (one where there are no clusters) of 1,024 threads per request; each has its share of the row,
+// `share` values, in dynamic shared memory if `cached` says that there is room. Cost: the row is read once, from L2; again at
+// every pass if not cached.
+// Requests: at most REQUESTS a launch, as a parameter. Results go to page-locked host memory.
 // Spills: sample
 #include "common.cuh"
 
@@ -21,7 +23,8 @@
 #define EDITS 1024
 #define WORDS 128
 #define WORD_TOKENS 1024
-#define CANDIDATES 2048
+#define TEAM 8
+#define REQUESTS 240
 #define TOP 32  // log-probabilities a request may ask for, and then some
 
 struct SlotParams {
@@ -38,6 +41,9 @@ struct SlotParams {
 
 struct SampleRequest {
     int logit_row, slot, output_index, mask;  // mask: row of masks or -1
+};
+struct SampleRequests {
+    SampleRequest request[REQUESTS];
 };
 
 // What a request gives back; the host reads `top` entries as asked.
@@ -73,87 +79,152 @@ DEVICE uint32_t key_of(float v) {
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
-struct Best {
-    float value;
-    int id;
-};
-DEVICE Best better(Best a, Best b) { return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a; }
-DEVICE Best block_best(Best v, Best *scratch) {
-#pragma unroll
-    for (int o = 16; o; o >>= 1) v = better(v, Best{__shfl_xor_sync(FULL, v.value, o), __shfl_xor_sync(FULL, v.id, o)});
-    __syncthreads();
-    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
-    __syncthreads();
-    v = scratch[threadIdx.x % WARP];
-#pragma unroll
-    for (int o = 16; o; o >>= 1) v = better(v, Best{__shfl_xor_sync(FULL, v.value, o), __shfl_xor_sync(FULL, v.id, o)});
-    return v;
+DEVICE float value_of(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+#define ABOVE_NOTHING 0x00800000u  // the key after that of -inf
+
+// A value and its place in one word whose maximum is the largest value, of equal ones that with the lowest id.
+DEVICE unsigned long long pack(float value, int id) { return (unsigned long long)key_of(value + 0.f) << 32 | ~(uint32_t)id; }
+DEVICE uint32_t packed_key(unsigned long long v) { return v >> 32; }
+DEVICE int packed_id(unsigned long long v) { return (int)~(uint32_t)v; }
+
+// ---- the blocks of a request
+
+DEVICE uint32_t team_rank() {
+    uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    return rank;
 }
-DEVICE unsigned long long block_total(unsigned long long v, unsigned long long *scratch) {
-#pragma unroll
-    for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(FULL, v, o);
+DEVICE uint32_t team_size() {
+    uint32_t size = 1;
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+    return size;
+}
+// Every thread of every block; what they wrote before team_arrive is seen by all after team_wait.
+DEVICE void team_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+DEVICE void team_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
     __syncthreads();
-    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
-    __syncthreads();
-    v = scratch[threadIdx.x % WARP];
-#pragma unroll
-    for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(FULL, v, o);
-    return v;
+#endif
+}
+DEVICE void team_sync() {
+    team_arrive();
+    team_wait();
+}
+// The same place in the shared memory of block `rank`.
+template <class T> DEVICE T *of_block(T *mine, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+    unsigned long long theirs;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+    return reinterpret_cast<T *>(theirs);
+#else
+    return mine;
+#endif
 }
 
-// f(v, row[v], seen[v]) for every v, 0 for `seen` if there is none: 16 bytes a thread and turn, four loads in flight, past L1.
-template <class F> DEVICE void each(const float *row, const uint16_t *seen, int V, const F &f) {
-    if (V % 4) {
-        for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) f(v, __ldcg(row + v), seen ? seen[v] : 0u);
+// Twice what blocks write for each other: who writes the one has passed a barrier that all reached after reading the other.
+struct Team {
+    unsigned long long warps[WARP], blocks[2][TEAM], bins[2][256], totals[256];
+    unsigned long long above;
+    int chosen;
+};
+struct Turn {
+    Team &team;
+    uint32_t blocks = 0, bins = 0;
+};
+
+template <bool SUM> DEVICE unsigned long long both(unsigned long long a, unsigned long long b) { return SUM ? a + b : max(a, b); }
+template <bool SUM> DEVICE unsigned long long across(unsigned long long v, int width) {
+    for (int o = width / 2; o; o >>= 1) v = both<SUM>(v, __shfl_xor_sync(FULL, v, o));
+    return v;
+}
+// The sum or the largest of all threads' `v`, for all of them.
+template <bool SUM> DEVICE unsigned long long reduce(Turn &turn, unsigned long long v) {
+    Team &team = turn.team;
+    const uint32_t lane = threadIdx.x % WARP, size = team_size();
+    v = across<SUM>(v, WARP);
+    if (lane == 0) team.warps[threadIdx.x / WARP] = v;
+    __syncthreads();
+    unsigned long long *blocks = team.blocks[turn.blocks++ & 1];
+    if (threadIdx.x < WARP) {
+        v = across<SUM>(team.warps[lane], WARP);
+        if (lane < size) *of_block(blocks + team_rank(), lane) = v;
+    }
+    team_sync();
+    return across<SUM>(lane % TEAM < size ? blocks[lane % TEAM] : 0, TEAM);
+}
+
+// f(i, row[i], seen[i]) for this thread's i < n, 0 for `seen` if there is none: 16 bytes a thread and turn, four loads in flight, past L1.
+template <class F> DEVICE void each(const float *row, const uint16_t *seen, int n, bool vectors, const F &f) {
+    if (!vectors) {
+        for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) f(i, __ldcg(row + i), seen ? seen[i] : 0u);
         return;
     }
-    for (int i = threadIdx.x; i < V / 4; i += 4 * SAMPLER_THREADS) {
+    for (int i = threadIdx.x; i < n / 4; i += 4 * SAMPLER_THREADS) {
         float4 x[4];
-        uint2 n[4];
+        uint2 times[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            n[j] = make_uint2(0, 0);
-            if (i + j * SAMPLER_THREADS >= V / 4) continue;
+            times[j] = make_uint2(0, 0);
+            if (i + j * SAMPLER_THREADS >= n / 4) continue;
             x[j] = __ldcg(reinterpret_cast<const float4 *>(row) + i + j * SAMPLER_THREADS);
-            if (seen) n[j] = reinterpret_cast<const uint2 *>(seen)[i + j * SAMPLER_THREADS];
+            if (seen) times[j] = reinterpret_cast<const uint2 *>(seen)[i + j * SAMPLER_THREADS];
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const int v = (i + j * SAMPLER_THREADS) * 4;
-            if (v >= V) break;
-            f(v, x[j].x, n[j].x & 0xffff);
-            f(v + 1, x[j].y, n[j].x >> 16);
-            f(v + 2, x[j].z, n[j].y & 0xffff);
-            f(v + 3, x[j].w, n[j].y >> 16);
+            const int at = (i + j * SAMPLER_THREADS) * 4;
+            if (at >= n) break;
+            f(at, x[j].x, times[j].x & 0xffff);
+            f(at + 1, x[j].y, times[j].x >> 16);
+            f(at + 2, x[j].z, times[j].y & 0xffff);
+            f(at + 3, x[j].w, times[j].y >> 16);
         }
     }
 }
 
-// The largest key whose bin and all above weigh at least `target`, weighing only values for which `weigh` is not 0. `value(v)` of
-// all v < V.
+// The largest key from `low` to `high` such that values from it to `high` weigh at least `target`; `low` if there is none. `value(i)`
+// of the block's i < n.
 template <class Value, class Weigh>
-DEVICE uint32_t threshold(int V, unsigned long long target, const Value &value, const Weigh &weigh, unsigned long long *bins) {
-    __shared__ uint32_t chosen;
-    __shared__ unsigned long long above;
-    uint32_t prefix = 0;
+DEVICE uint32_t threshold(Turn &turn, int n, unsigned long long target, uint32_t low, uint32_t high, const Value &value,
+                          const Weigh &weigh) {
+    Team &team = turn.team;
+    const uint32_t size = team_size();
     unsigned long long before = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
+    if (low >= high) return low;
+    for (int width = 32 - __clz(high - low);;) {
+        const int shift = max(0, width - 8);
+        unsigned long long *bins = team.bins[turn.bins++ & 1];
         for (int i = threadIdx.x; i < 256; i += SAMPLER_THREADS) bins[i] = 0;
         __syncthreads();
-        for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) {
-            const float l = value(v);
-            const uint32_t key = key_of(l);
-            if (shift == 24 || key >> (shift + 8) == prefix >> (shift + 8)) {
+        for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) {
+            const float l = value(i);
+            const uint32_t key = key_of(l), bin = (key - low) >> shift;
+            if (key >= low && key <= high && bin < 256) {
                 const unsigned long long w = weigh(l);
-                if (w) atomicAdd(&bins[key >> shift & 255], w);
+                if (w) atomicAdd(bins + bin, w);
             }
+        }
+        team_sync();
+        if (threadIdx.x < 256) {
+            unsigned long long total = 0;
+            for (uint32_t rank = 0; rank < size; rank++) total += *of_block(bins + threadIdx.x, rank);
+            team.totals[threadIdx.x] = total;
         }
         __syncthreads();
         if (threadIdx.x < WARP) {
             // Lane l looks at the eight bins from 255 - 8 l down; the first lane that reaches the target finds the bin.
             const int lane = threadIdx.x, top = 255 - 8 * lane;
             unsigned long long own = 0;
-            for (int i = 0; i < 8; i++) own += bins[top - i];
+            for (int i = 0; i < 8; i++) own += team.totals[top - i];
             unsigned long long until = own;
             for (int o = 1; o < WARP; o <<= 1) {
                 const unsigned long long other = __shfl_up_sync(FULL, until, o);
@@ -164,78 +235,74 @@ DEVICE uint32_t threshold(int V, unsigned long long target, const Value &value, 
                 unsigned long long sum = before + until - own;
                 int bin = top;
                 for (; bin > top - 7; bin--) {
-                    if (sum + bins[bin] >= target) break;
-                    sum += bins[bin];
+                    if (sum + team.totals[bin] >= target) break;
+                    sum += team.totals[bin];
                 }
-                chosen = bin;
-                above = sum;
+                team.chosen = bin;
+                team.above = sum;
             }
         }
         __syncthreads();
-        prefix |= chosen << shift;
-        before = above;
-        __syncthreads();
+        low += (uint32_t)team.chosen << shift;
+        before = team.above;
+        if (shift == 0) return low;
+        high = min(high, low + (1u << shift) - 1);
+        width = shift;
     }
-    return prefix;
 }
 
-// log-sum-exp, the value of `id`, its rank and the best `count`, over value(v).
-template <class Value>
-DEVICE void report(int V, int id, int count, bool logits, const Value &value, Sampled *out, Best *scratch, unsigned long long *sums) {
-    Best best{-INFINITY, V};
-    for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) best = better(best, Best{value(v), v});
-    best = block_best(best, scratch);
-    const float mine = value(id);
+// log-sum-exp, the value of `id`, its rank and the best `count`, over the block's value(i), i < n, of ids from `begin` on. `find(id)`
+// is the value of any id.
+template <class Value, class Find>
+DEVICE void report(Turn &turn, int n, int begin, int V, int id, int count, bool logits, const Value &value, const Find &find, Sampled *out) {
+    const bool writes = team_rank() == 0 && threadIdx.x == 0;
+    unsigned long long best = pack(-INFINITY, V);
+    for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) best = max(best, pack(value(i), begin + i));
+    const float high = value_of(packed_key(reduce<false>(turn, best)));
+    const float mine = find(id);
     // 2^-40 fixed point: integer addition does not depend on the order of threads.
     unsigned long long mass = 0, rank = 0;
-    for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) {
-        const float l = value(v);
-        mass += (unsigned long long)(expf(l - best.value) * 1099511627776.f);
+    for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) {
+        const float l = value(i);
+        mass += (unsigned long long)(expf(l - high) * 1099511627776.f);
         rank += l >= mine;  // vLLM's rank: equal values count
     }
-    mass = block_total(mass, sums);
-    rank = block_total(rank, sums);
-    const float lse = logits ? 0.f : best.value + (float)(log((double)mass) - 40.0 * 0.6931471805599453);
-    if (threadIdx.x == 0) {
+    mass = reduce<true>(turn, mass);
+    rank = reduce<true>(turn, rank);
+    const float lse = logits ? 0.f : high + (float)(log((double)mass) - 40.0 * 0.6931471805599453);
+    if (writes) {
         out->logprob = mine - lse;
         out->rank = (int)rank;
         out->count = count;
     }
-    Best last{INFINITY, -1};
-    for (int i = 0; i < count; i++) {
-        Best next{-INFINITY, V};
-        for (int v = threadIdx.x; v < V; v += SAMPLER_THREADS) {
-            const Best here{value(v), v};
-            if (here.value < last.value || (here.value == last.value && v > last.id)) next = better(next, here);
+    unsigned long long last = ~0ull;
+    for (int place = 0; place < count; place++) {
+        unsigned long long next = pack(-INFINITY, V);
+        for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) {
+            const unsigned long long here = pack(value(i), begin + i);
+            if (here < last) next = max(next, here);
         }
-        last = block_best(next, scratch);
-        if (threadIdx.x == 0) {
-            out->top_id[i] = min(last.id, V - 1);
-            out->top_logprob[i] = last.value - lse;
+        last = reduce<false>(turn, next);
+        if (writes) {
+            out->top_id[place] = min(packed_id(last), V - 1);
+            out->top_logprob[place] = value_of(packed_key(last)) - lse;
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
-    sample(float *__restrict__ logits, const SampleRequest *__restrict__ requests, const SlotParams *__restrict__ params,
-           uint16_t *__restrict__ counts, const uint32_t *__restrict__ masks, const int2 *__restrict__ edit_lists,
-           const uint32_t *__restrict__ word_lists, uint32_t *__restrict__ history, uint32_t *__restrict__ last_sampled,
-           Sampled *__restrict__ out, int V) {
-    __shared__ Best scratch[WARP];
-    __shared__ unsigned long long sums[WARP], bins[256];
-    __shared__ float original[EDITS + WORDS], maxima[SAMPLER_THREADS];
-    __shared__ Best candidates[CANDIDATES];
-    __shared__ int gathered;
+    sample(float *__restrict__ logits, const SlotParams *__restrict__ params, uint16_t *__restrict__ counts,
+           const uint32_t *__restrict__ masks, const int2 *__restrict__ edit_lists, const uint32_t *__restrict__ word_lists,
+           uint32_t *__restrict__ history, uint32_t *__restrict__ last_sampled, Sampled *__restrict__ out, int V, int share, int cached,
+           const __grid_constant__ SampleRequests requests) {
+    extern __shared__ __align__(16) float slice[];
+    __shared__ Team team;
+    __shared__ float original[EDITS + WORDS];
     pdl_launch();
+    team_arrive();
     pdl_wait();
-    // In page-locked host memory, like `out`: read once.
-    __shared__ int4 fetched;
-    if (threadIdx.x == 0)
-        asm volatile("ld.volatile.global.v4.s32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(fetched.x), "=r"(fetched.y), "=r"(fetched.z), "=r"(fetched.w)
-                     : "l"(requests + blockIdx.x));
-    __syncthreads();
-    const SampleRequest request{fetched.x, fetched.y, fetched.z, fetched.w};
+    Turn turn{team};
+    const SampleRequest request = requests.request[blockIdx.x / team_size()];
     const SlotParams p = params[request.slot];
     float *row = logits + (size_t)request.logit_row * V;
     uint16_t *seen = counts + (size_t)request.slot * V;
@@ -244,115 +311,105 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     const int first = request.output_index < p.min_tokens ? 0 : p.held;
     uint32_t *outputs = history + (size_t)request.slot * WORD_TOKENS;
     const uint32_t *words = word_lists + (size_t)request.slot * (2 * WORDS + WORD_TOKENS);
+    // The block's part of the row.
+    const int begin = min((int)team_rank() * share, V), n = min(share, V - begin);
+    const auto ours = [&](int id) { return (unsigned)(id - begin) < (unsigned)n; };
     int completed = -1;  // the id that would complete this thread's bad word
     if (threadIdx.x < p.words) {
         const uint32_t *word = words + 2 * WORDS + words[2 * threadIdx.x];
-        const int n = words[2 * threadIdx.x + 1];
-        bool follows = n - 1 <= request.output_index;
-        for (int i = 1; i < n && follows; i++) follows = outputs[(request.output_index - i) % WORD_TOKENS] == word[n - 1 - i];
-        if (follows) completed = word[n - 1];
+        const int length = words[2 * threadIdx.x + 1];
+        bool follows = length - 1 <= request.output_index;
+        for (int i = 1; i < length && follows; i++)
+            follows = outputs[(request.output_index - i) % WORD_TOKENS] == word[length - 1 - i];
+        if (follows && ours(word[length - 1])) completed = word[length - 1];
     }
     // Every original is saved before anything is added, so an id may stand in several places.
-    for (int i = first + threadIdx.x; i < p.edits; i += SAMPLER_THREADS) original[i] = row[edits[i].x];
-    if (completed >= 0) original[EDITS + threadIdx.x] = row[completed];
+    for (int i = first + threadIdx.x; i < p.edits; i += SAMPLER_THREADS)
+        if (ours(edits[i].x)) original[i] = __ldcg(row + edits[i].x);
+    if (completed >= 0) original[EDITS + threadIdx.x] = __ldcg(row + completed);
     __syncthreads();
-    for (int i = first + threadIdx.x; i < p.edits; i += SAMPLER_THREADS) atomicAdd(&row[edits[i].x], __int_as_float(edits[i].y));
+    for (int i = first + threadIdx.x; i < p.edits; i += SAMPLER_THREADS)
+        if (ours(edits[i].x)) atomicAdd(&row[edits[i].x], __int_as_float(edits[i].y));
     if (completed >= 0) atomicAdd(&row[completed], -INFINITY);
     __syncthreads();
-    __threadfence_block();
 
-    const auto adjust = [&](int v, float l, uint32_t n) {
+    const auto adjust = [&](int v, float l, uint32_t times) {
         if (!(l == l)) l = -INFINITY;
         if (mask && !(mask[v / 32] >> (v % 32) & 1)) return -INFINITY;
         if (p.penalties) {
-            if (n) l = l > 0.f ? l / p.repetition : l * p.repetition;
-            if (n & 0x7fff) l -= p.frequency * (n & 0x7fff) + p.presence;
+            if (times) l = l > 0.f ? l / p.repetition : l * p.repetition;
+            if (times & 0x7fff) l -= p.frequency * (times & 0x7fff) + p.presence;
         }
         return l;
     };
     const auto adjusted = [&](int v) { return adjust(v, __ldcg(row + v), p.penalties ? seen[v] : 0u); };
-    const uint16_t *times = p.penalties ? seen : nullptr;
-    Best best{-INFINITY, V};
-    each(row, times, V, [&](int v, float l, uint32_t n) { best = better(best, Best{adjust(v, l, n), v}); });
-    const float own_high = best.value;
-    best = block_best(best, scratch);
-    const float high = best.value;
-    const bool greedy = p.temperature < 1e-5f || !(high > -INFINITY);
+    const bool vectors = V % 4 == 0, draws = p.temperature >= 1e-5f;
+    const bool kept = cached && (draws || p.logprobs >= 0);
+    const auto value = [&](int i) { return kept ? slice[i] : adjusted(begin + i); };
+    unsigned long long own = pack(-INFINITY, V);
+    each(row + begin, p.penalties ? seen + begin : nullptr, n, vectors, [&](int i, float l, uint32_t times) {
+        l = adjust(begin + i, l, times);
+        if (kept) slice[i] = l;
+        own = max(own, pack(l, begin + i));
+    });
+    team_wait();  // all blocks have begun: their shared memory may be written
+    unsigned long long best = reduce<false>(turn, own);
+    const uint32_t highest = packed_key(best);
+    const bool greedy = !draws || highest < ABOVE_NOTHING;
     const float inverse = greedy ? 1.f : 1.f / p.temperature;
-    uint32_t keep = 1;
+    uint32_t keep = ABOVE_NOTHING;
     if (!greedy) {
-        float lowest = -INFINITY;
-        if (p.min_p > 0.f) lowest = high + p.temperature * logf(p.min_p);
-        if (p.min_p > 0.f) keep = key_of(lowest);
-        const bool top_k = p.top_k > 0 && p.top_k < V;
-        int count = -1;  // of candidates; -1: the whole row
-        if (top_k && p.top_k <= SAMPLER_THREADS) {
-            maxima[threadIdx.x] = own_high;
-            if (threadIdx.x == 0) gathered = 0;
-            __syncthreads();
-            const uint32_t bound = max(
-                1u, threshold(SAMPLER_THREADS, p.top_k, [&](int i) { return maxima[i]; },
-                              [&](float l) { return (unsigned long long)(l > -INFINITY); }, bins));
-            each(row, times, V, [&](int v, float l, uint32_t n) {
-                l = adjust(v, l, n);
-                if (l > -INFINITY && key_of(l) >= bound) {
-                    const int at = atomicAdd(&gathered, 1);
-                    if (at < CANDIDATES) candidates[at] = Best{l, v};
-                }
-            });
-            __syncthreads();
-            if (gathered <= CANDIDATES) count = gathered;
+        const float high = value_of(highest);
+        if (p.min_p > 0.f) keep = max(keep, key_of(high + p.temperature * logf(p.min_p)));
+        if (p.top_k > 0 && p.top_k < V) {
+            const auto one = [&](float) { return 1ull; };
+            const float largest = value_of(packed_key(own));
+            if (p.top_k <= SAMPLER_THREADS * team_size())
+                keep = threshold(turn, SAMPLER_THREADS, p.top_k, keep, highest, [&](int) { return largest; }, one);
+            keep = threshold(turn, n, p.top_k, keep, highest, value, one);
         }
-        // What is chosen from: value and id of the i-th.
-        const auto select = [&](int n, const auto &at) {
-            const auto value = [&](int i) { return at(i).value; };
-            const auto counted = [&](float l) { return (unsigned long long)(l >= lowest && l > -INFINITY); };
-            const auto mass = [&](float l) {
-                return l >= lowest && key_of(l) >= keep ? (unsigned long long)(expf((l - high) * inverse) * 4294967296.f) : 0ull;
-            };
-            if (top_k) keep = max(keep, threshold(n, p.top_k, value, counted, bins));
-            if (p.top_p < 1.f) {
-                unsigned long long all = 0;
-                for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) all += mass(value(i));
-                all = block_total(all, sums);
-                const unsigned long long target = max(1ull, (unsigned long long)((double)all * p.top_p));
-                keep = max(keep, threshold(n, target, value, mass, bins));
-            }
-            Best drawn{-INFINITY, V};
+        if (p.top_p < 1.f) {
+            const auto mass = [&](float l) { return (unsigned long long)(expf((l - high) * inverse) * 4294967296.f); };
+            unsigned long long all = 0;
             for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) {
-                const Best here = at(i);
-                const float l = here.value;
-                if (!(l > -INFINITY) || key_of(l) < keep) continue;
-                const float u = ((float)(philox(p.seed, request.output_index, here.id) >> 8) + 0.5f) * (1.f / 16777216.f);
-                drawn = better(drawn, Best{(l - high) * inverse - logf(-logf(u)), here.id});
+                const float l = value(i);
+                if (key_of(l) >= keep) all += mass(l);
             }
-            best = block_best(drawn, scratch);
-        };
-        if (count >= 0)
-            select(count, [&](int i) { return candidates[i]; });
-        else
-            select(V, [&](int v) { return Best{adjusted(v), v}; });
+            all = reduce<true>(turn, all);
+            const unsigned long long target = max(1ull, (unsigned long long)((double)all * p.top_p));
+            keep = threshold(turn, n, target, keep, highest, value, mass);
+        }
+        unsigned long long drawn = pack(-INFINITY, V);
+        for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) {
+            const float l = value(i);
+            if (key_of(l) < keep) continue;
+            const float u = ((float)(philox(p.seed, request.output_index, begin + i) >> 8) + 0.5f) * (1.f / 16777216.f);
+            drawn = max(drawn, pack((l - high) * inverse - logf(-logf(u)), begin + i));
+        }
+        best = reduce<false>(turn, drawn);
     }
-    const int id = min(best.id, V - 1);
-    Sampled *result = out + blockIdx.x;
+    const int id = min(packed_id(best), V - 1);
+    Sampled *result = out + blockIdx.x / team_size();
     if (p.logprobs >= 0) {
         const int count = min(p.logprobs, TOP);
         if (p.mode >= 2) {
-            const auto processed = [&](int v) {
-                const float l = adjusted(v);
-                return key_of(l) >= keep ? l * inverse : -INFINITY;
-            };
-            report(V, id, count, p.mode == 3, processed, result, scratch, sums);
+            const auto processed = [&](float l) { return key_of(l) >= keep ? l * inverse : -INFINITY; };
+            report(turn, n, begin, V, id, count, p.mode == 3, [&](int i) { return processed(value(i)); },
+                   [&](int v) { return processed(adjusted(v)); }, result);
         } else {
             __syncthreads();
-            for (int i = first + threadIdx.x; i < p.edits; i += SAMPLER_THREADS) row[edits[i].x] = original[i];
+            for (int i = first + threadIdx.x; i < p.edits; i += SAMPLER_THREADS)
+                if (ours(edits[i].x)) row[edits[i].x] = original[i];
             if (completed >= 0) row[completed] = original[EDITS + threadIdx.x];
             __syncthreads();
-            report(V, id, count, p.mode == 1, [&](int v) { return row[v]; }, result, scratch, sums);
+            if (kept) each(row + begin, nullptr, n, vectors, [&](int i, float l, uint32_t) { slice[i] = l; });
+            __syncthreads();
+            report(turn, n, begin, V, id, count, p.mode == 1, [&](int i) { return kept ? slice[i] : __ldcg(row + begin + i); },
+                   [&](int v) { return __ldcg(row + v); }, result);
         }
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
+    // After the last reduction no block looks at another's shared memory, or at the counts.
+    if (team_rank() == 0 && threadIdx.x == 0) {
         result->id = id;
         last_sampled[request.slot] = id;
         outputs[request.output_index % WORD_TOKENS] = id;
@@ -365,16 +422,24 @@ struct ScoreRequest {
 };
 
 extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
-    score(const float *__restrict__ logits, const ScoreRequest *__restrict__ requests, Sampled *__restrict__ out, int V) {
-    __shared__ Best scratch[WARP];
-    __shared__ unsigned long long sums[WARP];
+    score(const float *__restrict__ logits, const ScoreRequest *__restrict__ requests, Sampled *__restrict__ out, int V, int share,
+          int cached) {
+    extern __shared__ __align__(16) float slice[];
+    __shared__ Team team;
     pdl_launch();
+    team_arrive();
     pdl_wait();
-    const ScoreRequest request = requests[blockIdx.x];
+    Turn turn{team};
+    const ScoreRequest request = requests[blockIdx.x / team_size()];
     const float *row = logits + (size_t)request.logit_row * V;
-    Sampled *result = out + blockIdx.x;
-    report(V, request.token, min(request.count, TOP), request.logits, [&](int v) { return row[v]; }, result, scratch, sums);
-    if (threadIdx.x == 0) result->id = request.token;
+    Sampled *result = out + blockIdx.x / team_size();
+    const int begin = min((int)team_rank() * share, V), n = min(share, V - begin);
+    if (cached) each(row + begin, nullptr, n, V % 4 == 0, [&](int i, float l, uint32_t) { slice[i] = l; });
+    __syncthreads();
+    team_wait();  // all blocks have begun: their shared memory may be written
+    report(turn, n, begin, V, request.token, min(request.count, TOP), request.logits,
+           [&](int i) { return cached ? slice[i] : __ldcg(row + begin + i); }, [&](int v) { return __ldcg(row + v); }, result);
+    if (team_rank() == 0 && threadIdx.x == 0) result->id = request.token;
 }
 
 // counts[slot] := prompt and output tokens; `tokens` holds the prompt's ids, then the output's. Grid: one block.

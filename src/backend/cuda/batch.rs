@@ -9,6 +9,8 @@ use crate::backend::{BatchLayout, Result};
 
 /// Host regions in flight: one being read by the device, one being filled.
 const RING: usize = 3;
+/// Bit of an input id that stands for the token last sampled in the slot that the other bits name.
+const LAST_SAMPLED: u32 = 1 << 31;
 /// Most bytes of a step's arrays that a kernel fetches; more are a copy engine's.
 const KERNEL_COPY_BYTES: usize = 256 << 10;
 
@@ -21,7 +23,6 @@ struct Offsets {
     context_lens: usize,
     slots: usize,
     reset_conv: usize,
-    feedback: usize,
     logit_tokens: usize,
     piece_row: usize,
     piece_start: usize,
@@ -30,7 +31,8 @@ struct Offsets {
 
 pub struct CudaBatch {
     memory: Memory,
-    staging: Vec<(Pinned, Event)>,
+    /// And where the device has read them; none = it reads nothing.
+    staging: Vec<(Pinned, Option<Arc<Event>>)>,
     next: usize,
     at: Offsets,
     max_tokens: usize,
@@ -75,14 +77,13 @@ impl CudaBatch {
             context_lens: take(max_rows * 4),
             slots: take(max_rows * 4),
             reset_conv: take(max_rows),
-            feedback: take(max_rows),
             logit_tokens: take(max_tokens * 4),
             piece_row: take(max_pieces * 4),
             piece_start: take(max_pieces * 4),
             block_tables: take(max_rows * max_blocks_per_row.next_power_of_two() * 4),
         };
         let staging = (0..RING)
-            .map(|_| Ok((Pinned::new(device, end)?, Event::new(device)?)))
+            .map(|_| Ok((Pinned::new(device, end)?, None)))
             .collect::<Result<_>>()?;
         Ok(CudaBatch {
             memory: Memory::new(device, end, "batch")?,
@@ -133,19 +134,25 @@ impl CudaBatch {
             && layout.block_tables.len() == rows * layout.max_blocks
             && layout.logit_tokens.iter().all(|t| (*t as usize) < tokens);
         need("set_batch", consistent, || "the arrays' lengths do not agree".into())?;
-        let (staging, event) = &mut self.staging[self.next % RING];
-        // The device has read what this region held three steps ago.
-        event.wait("set_batch")?;
+        self.staging[(self.next + RING - 1) % RING].1 = Some(device.mark()?);
+        let (staging, read) = &mut self.staging[self.next % RING];
+        if let Some(read) = read {
+            read.wait("set_batch")?;
+        }
         let bytes = staging.bytes_mut();
         let at = &self.at;
         fill(bytes, at.token_ids, &layout.token_ids, u32::to_le_bytes);
+        for row in (0..rows).filter(|&row| layout.feedback[row]) {
+            let id = LAST_SAMPLED | layout.slots[row];
+            let token = layout.row_starts[row] as usize;
+            fill(bytes, at.token_ids + token * 4, &[id], u32::to_le_bytes);
+        }
         fill(bytes, at.positions, &layout.positions, u32::to_le_bytes);
         fill(bytes, at.slot_mapping, &layout.slot_mapping, i64::to_le_bytes);
         fill(bytes, at.row_starts, &layout.row_starts, u32::to_le_bytes);
         fill(bytes, at.context_lens, &layout.context_lens, u32::to_le_bytes);
         fill(bytes, at.slots, &layout.slots, u32::to_le_bytes);
         fill(bytes, at.reset_conv, &layout.reset_conv, |b| [u8::from(b)]);
-        fill(bytes, at.feedback, &layout.feedback, |b| [u8::from(b)]);
         fill(bytes, at.logit_tokens, &layout.logit_tokens, u32::to_le_bytes);
         // Sizes that kernels are launched with come in powers of two, so that few records of a step serve every context.
         self.max_blocks = layout.max_blocks.max(1).next_power_of_two();
@@ -198,7 +205,6 @@ impl CudaBatch {
             (at.context_lens, rows * 4),
             (at.slots, rows * 4),
             (at.reset_conv, rows),
-            (at.feedback, rows),
             (at.logit_tokens, self.logit_rows * 4),
             (at.piece_row, pieces * 4),
             (at.piece_start, pieces * 4),
@@ -212,9 +218,8 @@ impl CudaBatch {
             device.launch(device.function("upload", 0)?, [cells.len(), 1, 1], 128, 0, &args)?;
         } else {
             let used = at.block_tables + rows * self.max_blocks * 4;
-            staging.send(0, used, self.memory.address, "set_batch")?;
+            staging.send(used, self.memory.address, "set_batch")?;
         }
-        event.record(device)?;
         self.next += 1;
         Ok(())
     }
@@ -243,9 +248,6 @@ impl CudaBatch {
     }
     pub fn reset_conv(&self) -> Address {
         self.address(self.at.reset_conv)
-    }
-    pub fn feedback(&self) -> Address {
-        self.address(self.at.feedback)
     }
     pub fn logit_tokens(&self) -> Address {
         self.address(self.at.logit_tokens)

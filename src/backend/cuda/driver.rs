@@ -7,7 +7,8 @@
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -46,17 +47,47 @@ pub struct Device {
     stream: sys::CUstream,
     pub name: String,
     pub multiprocessors: usize,
-    shared_per_multiprocessor: usize,
+    pub shared_per_multiprocessor: usize,
     /// Major · 10 + minor.
     pub capability: u32,
     pub free_bytes_at_start: usize,
     functions: HashMap<String, Function>,
+    /// Whether anything was submitted since the last mark.
+    moved: AtomicBool,
+    /// Events that mark places of the stream, the last one last.
+    marks: Mutex<Vec<Arc<Event>>>,
 }
 
 // SAFETY: driver handles may be used from any thread once its current context is set, which `bind` does.
 unsafe impl Send for Device {}
 // SAFETY: as above; the driver locks internally.
 unsafe impl Sync for Device {}
+
+/// A launch. A parameter of more than 8 bytes is as many cells of `args`, the last ones.
+#[derive(Clone, Copy)]
+struct Launch<'a> {
+    function: Function,
+    grid: [usize; 3],
+    cluster: usize,
+    threads: usize,
+    shared_bytes: usize,
+    maps: &'a [TensorMap],
+    args: &'a [u64],
+}
+
+impl<'a> Launch<'a> {
+    fn new(function: Function, grid: [usize; 3], threads: usize, shared_bytes: usize, args: &'a [u64]) -> Launch<'a> {
+        Launch {
+            function,
+            grid,
+            cluster: 1,
+            threads,
+            shared_bytes,
+            maps: &[],
+            args,
+        }
+    }
+}
 
 /// A kernel with its shared-memory limit raised.
 #[derive(Clone, Copy)]
@@ -169,6 +200,8 @@ impl Device {
                 capability,
                 free_bytes_at_start: free,
                 functions: HashMap::new(),
+                moved: AtomicBool::new(true),
+                marks: Mutex::default(),
             };
             device.load_modules()?;
             Ok(Arc::new(device))
@@ -255,7 +288,7 @@ impl Device {
         shared_bytes: usize,
         args: &[u64],
     ) -> Result<()> {
-        self.launch_mapped(function, grid, threads, shared_bytes, &[], args)
+        self.submit(&Launch::new(function, grid, threads, shared_bytes, args))
     }
 
     /// The same for a kernel whose first parameters are tensor maps.
@@ -268,35 +301,86 @@ impl Device {
         maps: &[TensorMap],
         args: &[u64],
     ) -> Result<()> {
+        let launch = Launch::new(function, grid, threads, shared_bytes, args);
+        self.submit(&Launch { maps, ..launch })
+    }
+
+    /// The same in clusters of `cluster` blocks that lie side by side in x (1 below sm_90).
+    pub fn launch_clusters(
+        &self,
+        function: Function,
+        grid: [usize; 3],
+        cluster: usize,
+        threads: usize,
+        shared_bytes: usize,
+        args: &[u64],
+    ) -> Result<()> {
+        let launch = Launch::new(function, grid, threads, shared_bytes, args);
+        self.submit(&Launch { cluster, ..launch })
+    }
+
+    fn submit(&self, launch: &Launch<'_>) -> Result<()> {
+        let Launch { function, grid, .. } = *launch;
         if grid.contains(&0) {
             return Ok(());
         }
         let mut pointers: [*mut c_void; 32] = [ptr::null_mut(); 32];
-        let maps = maps.iter().map(|map| ptr::from_ref(map).cast_mut().cast());
-        let args = args.iter().map(|arg| ptr::from_ref(arg).cast_mut().cast());
+        let maps = launch.maps.iter().map(|map| ptr::from_ref(map).cast_mut().cast());
+        let args = launch.args.iter().map(|arg| ptr::from_ref(arg).cast_mut().cast());
         for (pointer, parameter) in pointers.iter_mut().zip(maps.chain(args)) {
             *pointer = parameter;
         }
         // SAFETY: plain data; zero is a valid bit pattern of every field.
-        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut used = 0;
+        if self.capability >= 90 {
+            attributes[used].id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[used].value.programmaticStreamSerializationAllowed = 1;
+            used += 1;
+        }
+        if launch.cluster > 1 {
+            attributes[used].id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attributes[used].value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                x: launch.cluster as u32,
+                y: 1,
+                z: 1,
+            };
+            used += 1;
+        }
         let config = sys::CUlaunchConfig {
             gridDimX: grid[0] as u32,
             gridDimY: grid[1] as u32,
             gridDimZ: grid[2] as u32,
-            blockDimX: threads as u32,
+            blockDimX: launch.threads as u32,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: shared_bytes as u32,
+            sharedMemBytes: launch.shared_bytes as u32,
             hStream: self.stream,
-            attrs: &mut attribute,
-            numAttrs: u32::from(self.capability >= 90),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: used as u32,
         };
+        self.moved.store(true, Ordering::Relaxed);
         // SAFETY: the launcher passes the arguments that the kernel's header lists; cells outlive the call, which copies them.
         check(function.name, unsafe {
             sys::cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), ptr::null_mut())
         })
+    }
+
+    /// Where the stream has got to: an event that nobody records again while it is held. An event between two launches costs
+    /// the device a microsecond, so this is the last one again if nothing was launched since.
+    pub fn mark(&self) -> Result<Arc<Event>> {
+        let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.moved.swap(false, Ordering::Relaxed) {
+            let free = marks.iter().position(|mark| Arc::strong_count(mark) == 1);
+            let mark = match free {
+                Some(free) => marks.remove(free),
+                None => Arc::new(Event::new(self)?),
+            };
+            mark.record(self)?;
+            marks.push(mark);
+        }
+        let last = marks.last().expect("the stream has moved before its first mark");
+        Ok(last.clone())
     }
 
     /// Runs `body` under stream capture and returns the executable graph of what it launched.
@@ -327,6 +411,7 @@ impl Device {
     }
 
     pub fn replay(&self, graph: &Graph) -> Result<()> {
+        self.moved.store(true, Ordering::Relaxed);
         // SAFETY: a valid executable graph and stream.
         check("cuGraphLaunch", unsafe {
             sys::cuGraphLaunch(graph.executable, self.stream)
@@ -517,12 +602,13 @@ impl Pinned {
         unsafe { std::slice::from_raw_parts(self.pointer, self.bytes) }
     }
 
-    /// Starts a copy of `[from, from + len)` to the device; this memory must stay unchanged until it is done.
-    pub fn send(&self, from: usize, len: usize, to: Address, op: &'static str) -> Result<()> {
-        assert!(from + len <= self.bytes, "{op}: send past the end");
+    /// Starts a copy of the first `len` bytes to the device; this memory must stay unchanged until it is done.
+    pub fn send(&self, len: usize, to: Address, op: &'static str) -> Result<()> {
+        assert!(len <= self.bytes, "{op}: send past the end");
+        self.device.moved.store(true, Ordering::Relaxed);
         // SAFETY: bounds checked here, the target's by the caller that sized it.
         check(op, unsafe {
-            sys::cuMemcpyHtoDAsync_v2(to, self.pointer.add(from).cast(), len, self.device.stream)
+            sys::cuMemcpyHtoDAsync_v2(to, self.pointer.cast(), len, self.device.stream)
         })
     }
 }
@@ -533,6 +619,8 @@ pub struct Event {
 }
 // SAFETY: a driver handle.
 unsafe impl Send for Event {}
+// SAFETY: as above; the driver locks internally.
+unsafe impl Sync for Event {}
 
 impl Event {
     pub fn new(device: &Device) -> Result<Event> {

@@ -113,6 +113,8 @@ pub struct CudaBackend {
     /// Where a weight is that will be read soon, and its bytes; the next kernel that can bring it to L2 takes it.
     soon: Option<(Address, usize)>,
     timing: Option<Timing>,
+    /// Per slot of the sampler its last token; 0 before there is one.
+    last_sampled: Address,
     /// `Σ` over decode rows of their splits that `attention_partial` has room for.
     attention_splits: usize,
 }
@@ -196,6 +198,7 @@ impl CudaBackend {
             timing: None,
             attention_splits: 0,
             soon: None,
+            last_sampled: 0,
         })
     }
 
@@ -409,7 +412,9 @@ impl Backend for CudaBackend {
     }
 
     fn sampler(&mut self, slots: usize, vocab: usize, max_rows: usize) -> Result<CudaSampler> {
-        CudaSampler::new(&self.device, slots, vocab, max_rows)
+        let sampler = CudaSampler::new(&self.device, slots, vocab, max_rows)?;
+        self.last_sampled = sampler.last_sampled();
+        Ok(sampler)
     }
 
     fn set_batch(&mut self, batch: &mut CudaBatch, layout: &BatchLayout) -> Result<()> {
@@ -418,23 +423,11 @@ impl Backend for CudaBackend {
     }
 
     fn feed_back(&mut self, batch: &mut CudaBatch, sampler: &CudaSampler) -> Result<()> {
-        if !batch.any_feedback {
-            return Ok(());
-        }
-        let function = self.device.function("feed_back", 0)?;
-        self.device.launch(
-            function,
-            [batch.rows.div_ceil(128), 1, 1],
-            128,
-            0,
-            &[
-                batch.token_ids().arg(),
-                batch.row_starts().arg(),
-                batch.slots().arg(),
-                batch.feedback().arg(),
-                sampler.last_sampled().arg(),
-                batch.rows.arg(),
-            ],
+        // `embed` looks the tokens up where it finds their mark.
+        need(
+            "feed_back",
+            !batch.any_feedback || self.last_sampled == sampler.last_sampled(),
+            || "not the sampler that was made last".into(),
         )
     }
 
@@ -532,10 +525,11 @@ impl Backend for CudaBackend {
         )?;
         out.store();
         let vectors = table.cols * table.dtype.size_bytes() / 16;
-        let function = self.device.function("gather_rows", 0)?;
+        let function = self.device.function("embed", 0)?;
         let args = [
             table.memory.address.arg(),
             batch.token_ids().arg(),
+            self.last_sampled.arg(),
             out.address().arg(),
             vectors.arg(),
         ];

@@ -15,6 +15,14 @@ const WORD_TOKENS: usize = 1024;
 const TOP: usize = 32;
 const PARAMS_BYTES: usize = 64;
 const REQUEST_BYTES: usize = 16;
+/// Requests of one launch, and cells of 8 bytes that each takes of its parameters.
+const REQUESTS: usize = 240;
+const REQUEST_CELLS: usize = REQUEST_BYTES / 8;
+/// Most blocks of a request where there are clusters.
+const TEAM: usize = 8;
+const THREADS: usize = 1024;
+/// Shared memory of a multiprocessor that a block does not keep its part of a row in: the kernel's own, and the driver's.
+const OTHER_SHARED_BYTES: usize = 24 << 10;
 const SAMPLED_BYTES: usize = 16 + TOP * 8;
 /// Steps whose results may wait to be read, and one being filled.
 const RING: usize = 3;
@@ -23,6 +31,8 @@ struct Pending {
     ring: usize,
     /// Whether the request's slot wanted logprobs, and how many alternatives.
     wants: Vec<Option<usize>>,
+    /// Where the results have arrived; none where there are none.
+    done: Option<Arc<Event>>,
 }
 
 #[derive(Clone, Default)]
@@ -33,6 +43,13 @@ struct Slot {
     logits_wanted: bool,
     /// Allowed ids as mask words.
     allowed: Option<Arc<[u32]>>,
+}
+
+/// Blocks of a request, values of its row that each looks at, and the shared memory that keeps them (0: nothing does).
+struct Split {
+    blocks: usize,
+    share: usize,
+    kept_bytes: usize,
 }
 
 pub struct CudaSampler {
@@ -49,8 +66,9 @@ pub struct CudaSampler {
     results: Memory,
     /// Ids of a slot that starts; grows at need, outside of steps' hot path.
     tokens: Memory,
+    /// Masks on their way.
     staging: Vec<(Pinned, Event)>,
-    received: Vec<(Pinned, Event)>,
+    received: Vec<Pinned>,
     next: usize,
     pending: VecDeque<Pending>,
     slots: Vec<Slot>,
@@ -61,7 +79,6 @@ impl CudaSampler {
     pub fn new(device: &Arc<Device>, slots: usize, vocab: usize, max_rows: usize) -> Result<CudaSampler> {
         let memory = |bytes| Memory::new(device, bytes, "sampler");
         let words = vocab.div_ceil(32);
-        let pinned = |bytes| Ok((Pinned::new(device, bytes)?, Event::new(device)?));
         Ok(CudaSampler {
             vocab,
             max_rows,
@@ -76,10 +93,10 @@ impl CudaSampler {
             results: memory(max_rows * SAMPLED_BYTES)?,
             tokens: memory(64 << 10)?,
             staging: (0..RING)
-                .map(|_| pinned(max_rows * (REQUEST_BYTES + words * 4)))
+                .map(|_| Ok((Pinned::new(device, max_rows * words * 4)?, Event::new(device)?)))
                 .collect::<Result<_>>()?,
             received: (0..RING)
-                .map(|_| pinned(max_rows * SAMPLED_BYTES))
+                .map(|_| Pinned::new(device, max_rows * SAMPLED_BYTES))
                 .collect::<Result<_>>()?,
             next: 0,
             pending: VecDeque::new(),
@@ -210,23 +227,27 @@ impl CudaSampler {
         self.next += 1;
         let mut wants = Vec::with_capacity(requests.len());
         if requests.is_empty() {
-            self.pending.push_back(Pending { ring, wants });
+            self.pending.push_back(Pending {
+                ring,
+                wants,
+                done: None,
+            });
             return Ok(());
         }
         let words = self.vocab.div_ceil(32);
         let (staging, sent) = &mut self.staging[ring];
         sent.wait("sample")?;
         let bytes = staging.bytes_mut();
-        let masks_at = self.max_rows * REQUEST_BYTES;
         let mut masks = 0;
-        for (i, request) in requests.iter().enumerate() {
+        let mut cells = Vec::with_capacity(requests.len() * REQUEST_CELLS);
+        for request in requests {
             let slot = self.slots.get(request.slot as usize).filter(|slot| slot.started);
             let slot = slot.ok_or_else(|| bug("sample", format!("slot {} was not started", request.slot)))?;
             wants.push(slot.logprobs.map(|n| n as usize));
             let mut mask = -1i32;
             if request.mask.is_some() || slot.allowed.is_some() {
                 mask = masks;
-                let to = &mut bytes[masks_at + masks as usize * words * 4..][..words * 4];
+                let to = &mut bytes[masks as usize * words * 4..][..words * 4];
                 for (w, out) in to.chunks_exact_mut(4).enumerate() {
                     let word = |m: &[u32]| m.get(w).copied().unwrap_or(0);
                     let grammar = request.mask.as_ref().map_or(u32::MAX, |m| word(&m.0));
@@ -234,51 +255,74 @@ impl CudaSampler {
                 }
                 masks += 1;
             }
-            let fields = [
-                request.logit_row as i32,
-                request.slot as i32,
-                request.output_index as i32,
-                mask,
-            ];
-            for (to, v) in bytes[i * REQUEST_BYTES..].chunks_exact_mut(4).zip(fields) {
-                to.copy_from_slice(&v.to_le_bytes());
-            }
+            let cell = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+            cells.push(cell(request.logit_row as u32, request.slot));
+            cells.push(cell(request.output_index, mask as u32));
         }
         if masks > 0 {
-            staging.send(masks_at, masks as usize * words * 4, self.masks.address, "sample")?;
+            staging.send(masks as usize * words * 4, self.masks.address, "sample")?;
+            sent.record(device)?;
         }
-        let (received, done) = &self.received[ring];
-        let args = [
-            logits.arg(),
-            staging.address().arg(),
-            self.params.address.arg(),
-            self.counts.address.arg(),
-            self.masks.address.arg(),
-            self.edits.address.arg(),
-            self.words.address.arg(),
-            self.history.address.arg(),
-            self.last.address.arg(),
-            received.address().arg(),
-            self.vocab.arg(),
-        ];
-        device.launch(device.function("sample", 0)?, [requests.len(), 1, 1], 1024, 0, &args)?;
-        sent.record(device)?;
-        done.record(device)?;
-        self.pending.push_back(Pending { ring, wants });
+        let received = &self.received[ring];
+        for (i, cells) in cells.chunks(REQUESTS * REQUEST_CELLS).enumerate() {
+            let args = [
+                logits.arg(),
+                self.params.address.arg(),
+                self.counts.address.arg(),
+                self.masks.address.arg(),
+                self.edits.address.arg(),
+                self.words.address.arg(),
+                self.history.address.arg(),
+                self.last.address.arg(),
+                (received.address() + (i * REQUESTS * SAMPLED_BYTES) as u64).arg(),
+            ];
+            let mut rows = [0; REQUESTS * REQUEST_CELLS];
+            rows[..cells.len()].copy_from_slice(cells);
+            self.launch("sample", cells.len() / REQUEST_CELLS, &args, &rows)?;
+        }
+        let done = Some(device.mark()?);
+        self.pending.push_back(Pending { ring, wants, done });
         Ok(())
     }
 
+    /// How a launch over `requests` rows shares each among blocks: as many as can all run at once, one on a multiprocessor.
+    fn split(&self, requests: usize) -> Split {
+        let mut blocks = if self.device.capability >= 90 { TEAM } else { 1 };
+        while blocks > 1 && blocks * requests > self.device.multiprocessors {
+            blocks /= 2;
+        }
+        let share = self.vocab.div_ceil(blocks).next_multiple_of(4);
+        let room = self.device.shared_per_multiprocessor - OTHER_SHARED_BYTES;
+        Split {
+            blocks,
+            share,
+            kept_bytes: if share * 4 <= room { share * 4 } else { 0 },
+        }
+    }
+
+    /// `args` and what follows from the split: V, a block's share of a row, whether it is kept; then `tail`.
+    fn launch(&self, kernel: &'static str, requests: usize, args: &[u64], tail: &[u64]) -> Result<()> {
+        let Split {
+            blocks,
+            share,
+            kept_bytes,
+        } = self.split(requests);
+        let row = [self.vocab.arg(), share.arg(), (kept_bytes > 0).arg()];
+        let args = [args, &row, tail].concat();
+        let function = self.device.function(kernel, kept_bytes)?;
+        self.device
+            .launch_clusters(function, [requests * blocks, 1, 1], blocks, THREADS, kept_bytes, &args)
+    }
+
     pub fn sampled(&mut self, out: &mut Vec<SampledToken>) -> Result<()> {
-        let Pending { ring, wants } = self
+        let Pending { ring, wants, done } = self
             .pending
             .pop_front()
             .ok_or_else(|| bug("sampled", "nothing was sampled".into()))?;
         out.clear();
-        if wants.is_empty() {
-            return Ok(());
-        }
-        let (received, done) = &self.received[ring];
+        let Some(done) = done else { return Ok(()) };
         done.wait("sample")?;
+        let received = &self.received[ring];
         for (record, want) in received.bytes().chunks_exact(SAMPLED_BYTES).zip(wants) {
             let logprobs = want.map(|n| parse(record, n));
             out.push(SampledToken {
@@ -317,13 +361,8 @@ impl CudaSampler {
                 }
             }
             self.requests.upload(0, &raw, "score")?;
-            let args = [
-                logits.arg(),
-                self.requests.address.arg(),
-                self.results.address.arg(),
-                self.vocab.arg(),
-            ];
-            device.launch(device.function("score", 0)?, [some.len(), 1, 1], 1024, 0, &args)?;
+            let args = [logits.arg(), self.requests.address.arg(), self.results.address.arg()];
+            self.launch("score", some.len(), &args, &[])?;
             let mut bytes = vec![0; some.len() * SAMPLED_BYTES];
             download(device, self.results.address, &mut bytes, "score")?;
             out.extend(
