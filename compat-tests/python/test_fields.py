@@ -97,8 +97,7 @@ def test_stream_interval_gathers_tokens(demo):
     body = {"messages": COUNT, "temperature": 0, "return_token_ids": True}
     sizes = lambda **f: [len(c["choices"][0]["token_ids"]) for c in chunks(demo, CHAT, body | f) if c["choices"][0].get("token_ids")]
     whole, gathered = sizes(), sizes(stream_interval=8)
-    assert sum(whole) == sum(gathered) and all(size >= 8 for size in gathered[1:-1]), gathered
-    assert len(gathered) < len(whole)
+    assert sum(whole) == sum(gathered) > 16 and all(size >= 8 for size in gathered[1:-1]), gathered
 
 
 def test_stops_and_their_strings(demo):

@@ -5,6 +5,7 @@
 //! in the engine's accounting thus becomes a fatal error or another text, never a silent pass. It also serves the tests of
 //! the layers above, which need an engine that says what they want to hear.
 
+use std::cell::Cell;
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -57,6 +58,19 @@ pub fn config() -> EngineConfig {
 pub fn engine(executor: ScriptedExecutor) -> EngineHandle {
     EngineHandle::start(Box::new(executor), config(), Arc::new(Metrics::new("scripted", 4096)))
         .expect("the engine's thread starts")
+}
+
+thread_local! {
+    /// Of an engine's thread: what its executor was told by `deliver_one_by_one`.
+    static ONE_BY_ONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Waits on an engine's thread that delivers one by one, until `is_read`.
+#[cfg(test)]
+pub(super) fn wait_for_reader(is_read: impl Fn() -> bool) {
+    while ONE_BY_ONE.get() && !is_read() {
+        std::thread::sleep(Duration::from_micros(100));
+    }
 }
 
 /// See the module's documentation.
@@ -114,6 +128,7 @@ pub struct ScriptControl(Arc<(Mutex<ControlState>, Condvar)>);
 struct ControlState {
     held: bool,
     step_delay: Duration,
+    one_by_one: bool,
     failure: Option<ExecutorError>,
     panic: bool,
     ignore_masks: bool,
@@ -148,6 +163,12 @@ impl ScriptControl {
         self.lock().step_delay = delay;
     }
 
+    /// Every event of a sequence waits until the one before has been read, so that none are merged. Set it before the first step.
+    #[cfg(test)]
+    pub fn deliver_one_by_one(&self) {
+        self.lock().one_by_one = true;
+    }
+
     /// The next collected step fails with this.
     pub fn fail_next(&self, error: ExecutorError) {
         self.lock().failure = Some(error);
@@ -177,6 +198,7 @@ impl ScriptControl {
         while state.held {
             state = self.0.1.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+        ONE_BY_ONE.set(state.one_by_one);
         let delay = state.step_delay;
         let failure = state.failure.take();
         let panic = std::mem::take(&mut state.panic);

@@ -155,6 +155,10 @@ pub(super) struct SequenceSink {
 
 impl SequenceSink {
     pub fn send(&mut self, event: SequenceEvent) {
+        #[cfg(test)]
+        super::scripted::wait_for_reader(|| {
+            Arc::strong_count(&self.mailbox) == 1 || self.mailbox.lock().event.is_none()
+        });
         self.ended |= event.finish.is_some();
         self.mailbox.change(|letter| match &mut letter.event {
             Some(unread) => unread.merge(event),

@@ -39,7 +39,7 @@ async fn a_whole_message() {
 #[tokio::test]
 async fn a_streamed_message() {
     let server = Setup::replying("Hi").start();
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     let reply = server.post(MESSAGES, &ask(r#","stream":true"#)).await;
     assert_eq!(reply.headers["content-type"], "text/event-stream; charset=utf-8");
     assert_snapshot!(stable(&reply));
@@ -54,7 +54,7 @@ async fn thinking_and_tools_of_a_whole_message() {
 #[tokio::test]
 async fn thinking_and_tools_of_a_stream() {
     let server = assistant(CALL).start();
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     let reply = server.post(MESSAGES, &ask(&format!(r#"{TOOLS},"stream":true"#))).await;
     assert_snapshot!(stable(&reply));
 }

@@ -43,7 +43,7 @@ async fn a_whole_answer() {
 #[tokio::test]
 async fn a_stream() {
     let server = Setup::replying("Hi").start();
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     let reply = server.post(CHAT, &ask(r#","stream":true"#)).await;
     let frames = frames(&reply);
     let head = r#"data: {"id":"chatcmpl-test","object":"chat.completion.chunk","created":0,"model":"tiny","choices":[{"index":0,"#;
@@ -218,7 +218,7 @@ async fn reasoning_and_calls_of_a_stream() {
 #[tokio::test]
 async fn a_whole_stream_of_reasoning_text_and_a_call() {
     let server = assistant(CALL);
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     let body = ask(&format!(
         r#"{TOOLS},"stream":true,"stream_options":{{"include_usage":true}}"#
     ));

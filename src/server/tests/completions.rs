@@ -30,7 +30,7 @@ async fn a_whole_answer() {
 #[tokio::test]
 async fn a_stream() {
     let server = Setup::replying("Hi").start();
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     let body = r#"{"prompt":[5,6],"stream":true,"stream_options":{"include_usage":true}}"#;
     let reply = server.post("/v1/completions", body).await;
     assert_eq!(reply.headers["content-type"], "text/event-stream; charset=utf-8");
@@ -58,7 +58,7 @@ async fn a_stream() {
 #[tokio::test]
 async fn a_whole_stream_with_logprobs() {
     let server = Setup::replying("Hi").start();
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     let options = r#""logprobs":1,"echo":true,"stream_options":{"include_usage":true,"continuous_usage_stats":true}"#;
     let body = format!(r#"{{"prompt":[5,6],"stream":true,{options}}}"#);
     insta::assert_snapshot!(server.post("/v1/completions", &body).await.stable());

@@ -89,7 +89,7 @@ async fn echo_continues_the_last_message() {
 #[tokio::test]
 async fn tokens_are_named_by_id_where_that_is_asked() {
     let server = Setup::replying("Hi").start();
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     let body = ask(
         r#","stream":true,"logprobs":true,"top_logprobs":1,"return_token_ids":true,"return_tokens_as_token_ids":true,
            "truncate_prompt_tokens":3,"return_prompt_text":true,"chat_template_kwargs":{"enable_thinking":false}"#,
@@ -205,7 +205,7 @@ async fn chunks_gather_tokens() {
     let mut setup = Setup::replying("one two three four five six seven eight");
     setup.server.stream_interval = 2;
     let server = setup.start();
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     for (asked, least) in [("", 2), (r#","stream_interval":4"#, 4), (r#","stream_interval":1"#, 2)] {
         let body = ask(&format!(r#","stream":true,"return_token_ids":true{asked}"#));
         let reply = server.post(CHAT, &body).await;

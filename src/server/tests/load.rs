@@ -1,7 +1,5 @@
 //! Disconnects, slow readers, many at once, a full queue, a dead engine.
 
-use std::time::Instant;
-
 use futures_util::StreamExt;
 
 use super::*;
@@ -22,14 +20,9 @@ async fn dropping_a_stream_frees_its_slot() {
     let mut body = response.into_body().into_data_stream();
     assert!(body.next().await.unwrap().unwrap().starts_with(b"data: "));
     server.running(1).await;
-    let dropped = Instant::now();
     drop(body);
     server.idle().await;
-    assert!(
-        dropped.elapsed() < Duration::from_millis(500),
-        "{:?}",
-        dropped.elapsed()
-    );
+    assert!(server.control.counters().steps < 300, "it ran to its end");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -43,8 +43,6 @@ const VOCAB_SIZE: usize = 2048;
 const MAX_MODEL_LEN: usize = 512;
 /// `<|im_end|>` of the golden checkpoints.
 const EOS: TokenId = 1873;
-/// A step's time when a test counts deltas: tokens that nobody has read yet come merged.
-const ONE_BY_ONE: Duration = Duration::from_millis(100);
 
 /// What a test's server is made of; the defaults are those of the flags.
 struct Setup {

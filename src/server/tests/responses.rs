@@ -91,7 +91,7 @@ async fn a_whole_response() {
 #[tokio::test]
 async fn a_streamed_response() {
     let server = Setup::replying("Hi").start();
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     let reply = server.post(RESPONSES, &ask(r#","stream":true"#)).await;
     assert_eq!(reply.headers["content-type"], "text/event-stream; charset=utf-8");
     assert_snapshot!(stable(&reply.text));
@@ -107,7 +107,7 @@ async fn reasoning_and_calls_of_a_whole_response() {
 #[tokio::test]
 async fn reasoning_and_calls_of_a_stream() {
     let server = assistant(CALL).start();
-    server.control.set_step_delay(ONE_BY_ONE);
+    server.control.deliver_one_by_one();
     let reply = server.post(RESPONSES, &ask(&format!(r#"{TOOLS},"stream":true"#))).await;
     assert_snapshot!(outline(&reply.text));
 }
