@@ -4,13 +4,14 @@
 //
 // Shapes: qkv [T, (Nq + 2 Nk) 64] (attention_decode: its q part normed and turned), K and V cache [blocks, Nk, P, 64], block_tables
 // [S, max_blocks], out [T, Nq 64]. D = 64, P a multiple of 16, G <= 4; softmax and accumulation in f32.
-// Grid: (pieces, Nk, at most max_splits), 4 warps. The context is cut at fixed multiples of `split_tokens`, whatever the batch, so a row's sum never
-// depends on its neighbours; within a split, warp w takes tiles w, w + 4, … of 32 tokens, and the warps' results are added in their
+// Grid: (pieces, Nk, at most max_splits), 4 warps. The context is cut at fixed multiples of `split_tokens`, whatever the batch, so a
+// row's sum never depends on its neighbours; within a split, warp w takes tiles w, w + 4, … of 32 tokens, and the warps' results are added in their
 // order. The G query heads of a KV head stand on the M side of an MMA, so K and V are read once per group.
 // Rows of several splits leave (unnormalised out, max, sum) in `partial`; the last block of a (row, KV head) to arrive adds them in split
-// order, so that the result does not depend on timing. `arrived` [rows · Nk] holds zeros and is left so.
+// order, so that the result does not depend on timing. `partial` is [rows, Nq, max_splits, 66]; `arrived` [rows · Nk] holds zeros and is
+// left so. split_tokens is a multiple of 128.
 // A block takes splits z, z + gridDim.z, …, and a warp has two of its tiles under way, also from one split to the next.
-// A warp's first tile is requested before pdl_wait in attention_step: what is cached was written by an earlier step. The new token's row
+// A warp's first two tiles are requested before pdl_wait in attention_step: what is cached was written by an earlier step. The new token's row
 // of it is put in afterwards.
 // Cost: bytes = context · Nk · 64 · 4 per row.
 // Source of the idea: Flash-Decoding.

@@ -2,9 +2,9 @@
 // upload: a step's arrays from page-locked host memory, one block per array; offsets and sizes in vectors of 16 bytes. A copy engine
 // would need microseconds to take over and give back. It lets no kernel begin before it has ended.
 //
-// Shapes: table [V, H], token_ids [T], out [T, H]; x [T, H], rows [N], out [N, H]. 2-byte elements, H a multiple of 8.
+// Shapes: table [V, H], token_ids [T], last_sampled [slots], out [T, H]; x [T, H], rows [N], out [N, H]. 2-byte elements, H a multiple of 8.
 // Grid: one block of 256 threads per output row, 16 bytes a thread and turn. No arithmetic.
-// Preconditions: ids < V and rows < T are checked by the launcher's caller (the engine validates ids).
+// Preconditions: ids < V (or bit 31 and a slot) and rows < T are checked by the launcher's caller (the engine validates ids).
 // Cost: 2 · rows · H · 2 bytes.
 #include "common.cuh"
 
@@ -28,7 +28,7 @@ extern "C" __global__ void embed(const uint4 *__restrict__ table, const uint32_t
 }
 
 struct Pieces {
-    uint2 piece[12];  // offset, size
+    uint2 piece[11];  // offset, size
 };
 
 extern "C" __global__ void __launch_bounds__(128)

@@ -150,7 +150,7 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
             if (SEGMENTS == 2 && s1 < steps) load(after, s1);
             stream.multiply(v, min(STREAM_STEPS, steps - s0), used, d);
             // The first segment again for the next tile.
-            if (steps > STREAM_STEPS && (s2 < steps || tile + 1 < end * PARTS)) load(v, s2 < steps ? s2 : 0);
+            if (steps > SEGMENTS * STREAM_STEPS && (s2 < steps || tile + 1 < end * PARTS)) load(v, s2 < steps ? s2 : 0);
             if (SEGMENTS == 2 && s1 < steps) stream.multiply(after, min(STREAM_STEPS, steps - s1), used, d);
         }
         stream_partial<TILES>(shared, buffer, d);

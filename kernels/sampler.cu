@@ -9,13 +9,14 @@
 // Thresholds of top-k and top-p are found by radix selection over the ordered bits of the logit, 8 bits a pass from the highest that
 // differs, with integer counts and 2^-32 fixed-point masses, so that no sum depends on the order of atomics or on the number of
 // blocks. Tokens equal to the threshold are kept. The k-th largest of the threads' own maxima bounds the k-th largest value from below.
+// Where that or min-p bounds what can be drawn, a block gathers what it has above, and if CANDIDATES hold it looks at the row no more.
 // Edits and completed bad words are written into the row and taken back before raw log-probabilities are read.
 // bad words: per slot up to WORDS (offset, length) pairs and WORD_TOKENS ids; history [slots, WORD_TOKENS] holds output token i at
 // i % WORD_TOKENS. A word of n ids is completed when the last n - 1 outputs are its first n - 1.
 // Grid: a cluster of up to TEAM blocks (one where there are no clusters) of 1,024 threads per request; each has its share of the row,
-// `share` values, in dynamic shared memory if `cached` says that there is room. Cost: the row is read once, from L2; again at
-// every pass if not cached.
-// Requests: at most REQUESTS a launch, as a parameter. Results go to page-locked host memory.
+// `share` values, in dynamic shared memory if `cached` says that there is room. Cost: the row is read once, from L2, and once more for raw
+// log-probabilities; at every pass if not cached.
+// sample: at most REQUESTS a launch, as a parameter; results go to page-locked host memory. score: both in device memory.
 // Spills: sample
 #include "common.cuh"
 
@@ -25,6 +26,7 @@
 #define WORD_TOKENS 1024
 #define TEAM 8
 #define REQUESTS 240
+#define CANDIDATES 2048
 #define TOP 32  // log-probabilities a request may ask for, and then some
 
 struct SlotParams {
@@ -297,7 +299,8 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
            const __grid_constant__ SampleRequests requests) {
     extern __shared__ __align__(16) float slice[];
     __shared__ Team team;
-    __shared__ float original[EDITS + WORDS];
+    __shared__ float original[EDITS + WORDS], candidates[CANDIDATES];
+    __shared__ int candidate_ids[CANDIDATES], gathered;
     pdl_launch();
     team_arrive();
     pdl_wait();
@@ -340,18 +343,20 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
             if (times) l = l > 0.f ? l / p.repetition : l * p.repetition;
             if (times & 0x7fff) l -= p.frequency * (times & 0x7fff) + p.presence;
         }
-        return l;
+        return l + 0.f;  // one zero
     };
     const auto adjusted = [&](int v) { return adjust(v, __ldcg(row + v), p.penalties ? seen[v] : 0u); };
     const bool vectors = V % 4 == 0, draws = p.temperature >= 1e-5f;
     const bool kept = cached && (draws || p.logprobs >= 0);
     const auto value = [&](int i) { return kept ? slice[i] : adjusted(begin + i); };
+    const uint16_t *times_from = p.penalties ? seen + begin : nullptr;
     unsigned long long own = pack(-INFINITY, V);
-    each(row + begin, p.penalties ? seen + begin : nullptr, n, vectors, [&](int i, float l, uint32_t times) {
+    each(row + begin, times_from, n, vectors, [&](int i, float l, uint32_t times) {
         l = adjust(begin + i, l, times);
         if (kept) slice[i] = l;
         own = max(own, pack(l, begin + i));
     });
+    if (threadIdx.x == 0) gathered = 0;
     team_wait();  // all blocks have begun: their shared memory may be written
     unsigned long long best = reduce<false>(turn, own);
     const uint32_t highest = packed_key(best);
@@ -360,33 +365,56 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     uint32_t keep = ABOVE_NOTHING;
     if (!greedy) {
         const float high = value_of(highest);
+        const bool top_k = p.top_k > 0 && p.top_k < V;
+        const auto one = [](float) { return 1ull; };
         if (p.min_p > 0.f) keep = max(keep, key_of(high + p.temperature * logf(p.min_p)));
-        if (p.top_k > 0 && p.top_k < V) {
-            const auto one = [&](float) { return 1ull; };
+        if (top_k && p.top_k <= SAMPLER_THREADS * team_size()) {
             const float largest = value_of(packed_key(own));
-            if (p.top_k <= SAMPLER_THREADS * team_size())
-                keep = threshold(turn, SAMPLER_THREADS, p.top_k, keep, highest, [&](int) { return largest; }, one);
-            keep = threshold(turn, n, p.top_k, keep, highest, value, one);
+            keep = threshold(turn, SAMPLER_THREADS, p.top_k, keep, highest, [&](int) { return largest; }, one);
         }
-        if (p.top_p < 1.f) {
-            const auto mass = [&](float l) { return (unsigned long long)(expf((l - high) * inverse) * 4294967296.f); };
-            unsigned long long all = 0;
-            for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) {
-                const float l = value(i);
-                if (key_of(l) >= keep) all += mass(l);
+        // Draws from the block's at(i), i < count, of ids name(i), and the other blocks'.
+        const auto draw = [&](int count, const auto &at, const auto &name) {
+            if (top_k) keep = threshold(turn, count, p.top_k, keep, highest, at, one);
+            if (p.top_p < 1.f) {
+                const auto mass = [&](float l) { return (unsigned long long)(expf((l - high) * inverse) * 4294967296.f); };
+                unsigned long long all = 0;
+                for (int i = threadIdx.x; i < count; i += SAMPLER_THREADS) {
+                    const float l = at(i);
+                    if (key_of(l) >= keep) all += mass(l);
+                }
+                all = reduce<true>(turn, all);
+                const unsigned long long target = max(1ull, (unsigned long long)((double)all * p.top_p));
+                keep = threshold(turn, count, target, keep, highest, at, mass);
             }
-            all = reduce<true>(turn, all);
-            const unsigned long long target = max(1ull, (unsigned long long)((double)all * p.top_p));
-            keep = threshold(turn, n, target, keep, highest, value, mass);
+            unsigned long long drawn = pack(-INFINITY, V);
+            for (int i = threadIdx.x; i < count; i += SAMPLER_THREADS) {
+                const float l = at(i);
+                if (key_of(l) < keep) continue;
+                const float u = ((float)(philox(p.seed, request.output_index, name(i)) >> 8) + 0.5f) * (1.f / 16777216.f);
+                drawn = max(drawn, pack((l - high) * inverse - logf(-logf(u)), name(i)));
+            }
+            best = reduce<false>(turn, drawn);
+        };
+        bool fits = false;
+        if (keep > ABOVE_NOTHING) {
+            const auto gather = [&](int i, float l) {
+                if (key_of(l) < keep) return;
+                const int at = atomicAdd(&gathered, 1);
+                if (at >= CANDIDATES) return;
+                candidates[at] = l;
+                candidate_ids[at] = begin + i;
+            };
+            if (kept)
+                for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) gather(i, slice[i]);
+            else
+                each(row + begin, times_from, n, vectors, [&](int i, float l, uint32_t times) { gather(i, adjust(begin + i, l, times)); });
+            __syncthreads();
+            fits = gathered <= CANDIDATES;
         }
-        unsigned long long drawn = pack(-INFINITY, V);
-        for (int i = threadIdx.x; i < n; i += SAMPLER_THREADS) {
-            const float l = value(i);
-            if (key_of(l) < keep) continue;
-            const float u = ((float)(philox(p.seed, request.output_index, begin + i) >> 8) + 0.5f) * (1.f / 16777216.f);
-            drawn = max(drawn, pack((l - high) * inverse - logf(-logf(u)), begin + i));
-        }
-        best = reduce<false>(turn, drawn);
+        if (fits)
+            draw(gathered, [&](int i) { return candidates[i]; }, [&](int i) { return candidate_ids[i]; });
+        else
+            draw(n, value, [&](int i) { return begin + i; });
     }
     const int id = min(packed_id(best), V - 1);
     Sampled *result = out + blockIdx.x / team_size();

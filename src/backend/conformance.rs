@@ -132,6 +132,8 @@ pub fn conformance<B: Backend>(backend: &mut B, options: &Options) {
     suite.fused();
     suite.sampling();
     suite.kept_tokens();
+    suite.many_requests();
+    suite.unread_samples();
     suite.sampling_state();
     suite.refusals();
 }

@@ -281,6 +281,95 @@ impl<B: Backend> Suite<'_, B> {
         }
     }
 
+    /// The same request many times in one step: as it is alone, whatever a backend makes of their number.
+    pub(super) fn many_requests(&mut self) {
+        const V: usize = 128_000;
+        const MOST: usize = 250;
+        let logits: Vec<f32> = self.rng.values(V).iter().map(|u| 12.0 * u * u * u).collect();
+        let mut sampler = self.backend.sampler(MOST, V, MOST).expect("sampler");
+        let mut lt = self.backend.tensor(1, V, DType::F32).expect("tensor");
+        self.backend.write(&mut lt, &logits).expect("write");
+        let drawing = |change: &dyn Fn(&mut SamplingParams)| {
+            let mut params = SamplingParams {
+                temperature: 0.7,
+                logprobs: Some(2),
+                ..Default::default()
+            };
+            change(&mut params);
+            params
+        };
+        for (name, params) in [
+            ("greedy", drawing(&|p| (p.temperature, p.logprobs) = (0.0, None))),
+            ("top-p", drawing(&|p| p.top_p = 0.95)),
+            ("top-k", drawing(&|p| (p.top_k, p.logprobs) = (50, None))),
+            (
+                "top-k, top-p, min-p",
+                drawing(&|p| (p.top_k, p.top_p, p.min_p) = (500, 0.9, 0.01)),
+            ),
+            (
+                "penalties",
+                drawing(&|p| (p.top_k, p.repetition_penalty, p.presence_penalty) = (40, 1.3, 0.5)),
+            ),
+        ] {
+            let request = |slot| SampleRequest {
+                logit_row: 0,
+                slot,
+                output_index: 3,
+                mask: None,
+            };
+            let mut alone = Vec::new();
+            for count in [1, 20, 50, MOST as u32] {
+                let slots = MOST as u32 - count..MOST as u32;
+                for slot in slots.clone() {
+                    self.start(&mut sampler, slot, params.clone(), &[7, 7, 9]);
+                }
+                let requests: Vec<_> = slots.map(request).collect();
+                let mut got = Vec::new();
+                self.backend.sample(&lt, &requests, &mut sampler).expect("sample");
+                self.backend.sampled(&mut sampler, &mut got).expect("sampled");
+                assert_eq!(got.len(), requests.len(), "one token per request");
+                if alone.is_empty() {
+                    alone.extend(got.first().cloned());
+                }
+                for (i, one) in got.iter().enumerate() {
+                    assert_eq!(one, &alone[0], "{name}: request {i} of {count}");
+                }
+            }
+        }
+    }
+
+    /// Two steps under way, each sampled twice: the rows without a mask, and those with one.
+    pub(super) fn unread_samples(&mut self) {
+        const V: usize = 100;
+        let mut sampler = self.backend.sampler(4, V, 4).expect("sampler");
+        let mut lt = self.backend.tensor(4, V, DType::F32).expect("tensor");
+        let logits: Vec<f32> = (0..4 * V)
+            .map(|i| if i % V == 10 + i / V { 1.0 } else { 0.0 })
+            .collect();
+        self.backend.write(&mut lt, &logits).expect("write");
+        for round in 0..2 {
+            for slot in 0..4 {
+                let greedy = SamplingParams {
+                    temperature: 0.0,
+                    ..Default::default()
+                };
+                self.start(&mut sampler, slot, greedy, &[]);
+                let request = SampleRequest {
+                    logit_row: slot as usize,
+                    slot,
+                    output_index: 0,
+                    mask: None,
+                };
+                self.backend.sample(&lt, &[request], &mut sampler).expect("sample");
+            }
+            for row in 0..4 {
+                let mut got = Vec::new();
+                self.backend.sampled(&mut sampler, &mut got).expect("sampled");
+                assert_eq!(got[0].id, 10 + row, "sample {row} of round {round}");
+            }
+        }
+    }
+
     /// Feedback, resumption, and independence of neighbours.
     pub(super) fn sampling_state(&mut self) {
         const V: usize = 500;

@@ -11,6 +11,8 @@ use crate::backend::{BatchLayout, Result};
 const RING: usize = 3;
 /// Bit of an input id that stands for the token last sampled in the slot that the other bits name.
 const LAST_SAMPLED: u32 = 1 << 31;
+/// Arrays of a step, as many as `Pieces` of embed.cu has.
+const PIECES: usize = 11;
 /// Most bytes of a step's arrays that a kernel fetches; more are a copy engine's.
 const KERNEL_COPY_BYTES: usize = 256 << 10;
 
@@ -212,10 +214,10 @@ impl CudaBatch {
         ];
         let bytes: usize = pieces_used.iter().map(|(_, bytes)| bytes).sum();
         if bytes <= KERNEL_COPY_BYTES {
-            let mut args = vec![staging.address().arg(), self.memory.address.arg()];
-            let cells = pieces_used.map(|(offset, bytes)| (offset / 16) as u64 | (bytes.div_ceil(16) as u64) << 32);
-            args.extend(cells);
-            device.launch(device.function("upload", 0)?, [cells.len(), 1, 1], 128, 0, &args)?;
+            let cells: [u64; PIECES] =
+                pieces_used.map(|(offset, bytes)| (offset / 16) as u64 | (bytes.div_ceil(16) as u64) << 32);
+            let args = [&[staging.address().arg(), self.memory.address.arg()][..], &cells].concat();
+            device.launch(device.function("upload", 0)?, [PIECES, 1, 1], 128, 0, &args)?;
         } else {
             let used = at.block_tables + rows * self.max_blocks * 4;
             staging.send(used, self.memory.address, "set_batch")?;

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
+use cudarc::driver::sys::CUfunction_attribute_enum as F;
 
 use crate::backend::{BackendError, Result};
 
@@ -50,6 +51,8 @@ pub struct Device {
     pub shared_per_multiprocessor: usize,
     /// Major · 10 + minor.
     pub capability: u32,
+    /// Whether the kernels were compiled for sm_90 or later, and so have clusters and wait for their predecessor themselves.
+    pub has_clusters: bool,
     pub free_bytes_at_start: usize,
     functions: HashMap<String, Function>,
     /// Whether anything was submitted since the last mark.
@@ -94,6 +97,17 @@ impl<'a> Launch<'a> {
 pub struct Function {
     handle: sys::CUfunction,
     name: &'static str,
+    /// Dynamic shared memory that it may have without asking.
+    shared_bytes: usize,
+}
+
+fn function_attribute(handle: sys::CUfunction, attribute: F) -> Result<i32> {
+    let mut value = 0;
+    // SAFETY: a valid function handle and out-pointer.
+    check("cuFuncGetAttribute", unsafe {
+        sys::cuFuncGetAttribute(&mut value, attribute, handle)
+    })?;
+    Ok(value)
 }
 
 /// Whether a driver is installed.
@@ -198,6 +212,7 @@ impl Device {
                 multiprocessors,
                 shared_per_multiprocessor: shared,
                 capability,
+                has_clusters: true,
                 free_bytes_at_start: free,
                 functions: HashMap::new(),
                 moved: AtomicBool::new(true),
@@ -222,9 +237,11 @@ impl Device {
                     sys::cuModuleEnumerateFunctions(handles.as_mut_ptr(), count, module),
                 )?;
                 for handle in handles {
+                    let compiled_for = function_attribute(handle, F::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
+                    self.has_clusters &= compiled_for >= 90;
                     // The same split of L1 and shared memory for all: an SM that must change it drains first, and no kernel
                     // could begin there before its predecessor has ended.
-                    let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+                    let attribute = F::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
                     check(name, sys::cuFuncSetAttribute(handle, attribute, 100))?;
                     let mut text = ptr::null();
                     check(name, sys::cuFuncGetName(&mut text, handle))?;
@@ -233,6 +250,8 @@ impl Device {
                     let function = Function {
                         handle,
                         name: String::leak(text.clone()),
+                        shared_bytes: function_attribute(handle, F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)?
+                            as usize,
                     };
                     self.functions.insert(text, function);
                 }
@@ -248,8 +267,8 @@ impl Device {
             message: format!("the binary holds no kernel {name}"),
             fatal: true,
         })?;
-        if shared_bytes > 48 << 10 {
-            let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        if shared_bytes > function.shared_bytes {
+            let attribute = F::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a valid function handle.
             check(function.name, unsafe {
                 sys::cuFuncSetAttribute(function.handle, attribute, shared_bytes as i32)
@@ -305,7 +324,7 @@ impl Device {
         self.submit(&Launch { maps, ..launch })
     }
 
-    /// The same in clusters of `cluster` blocks that lie side by side in x (1 below sm_90).
+    /// The same in clusters of `cluster` blocks that lie side by side in x (1 unless `has_clusters`).
     pub fn launch_clusters(
         &self,
         function: Function,
@@ -333,7 +352,7 @@ impl Device {
         // SAFETY: plain data; zero is a valid bit pattern of every field.
         let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
         let mut used = 0;
-        if self.capability >= 90 {
+        if self.has_clusters {
             attributes[used].id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
             attributes[used].value.programmaticStreamSerializationAllowed = 1;
             used += 1;
@@ -508,6 +527,7 @@ pub struct Memory {
 impl Memory {
     pub fn new(device: &Arc<Device>, bytes: usize, op: &'static str) -> Result<Memory> {
         device.bind()?;
+        device.moved.store(true, Ordering::Relaxed);
         let mut address = 0;
         let bytes = bytes.max(16);
         // SAFETY: a valid out-pointer; the allocation is as large as the memset.
@@ -528,6 +548,7 @@ impl Memory {
     /// Copies pageable host bytes; done when it returns.
     pub fn upload(&self, offset: usize, data: &[u8], op: &'static str) -> Result<()> {
         assert!(offset + data.len() <= self.bytes, "{op}: upload past the end");
+        self.device.moved.store(true, Ordering::Relaxed);
         // SAFETY: bounds checked; the copy from pageable memory is staged before the call returns.
         unsafe {
             check(

@@ -105,7 +105,7 @@ pub struct CudaBackend {
     /// f32 partial sums of matrix products whose K is split over blocks, and a zeroed arrival counter per tile.
     split_partial: Memory,
     split_arrived: Memory,
-    /// `[splits, Nq, 66]` f32 partial results of decode attention, and a zeroed arrival counter per row and KV head.
+    /// `[rows, Nq, splits of a row, 66]` f32 partial results of decode attention, and a zeroed arrival counter per row and KV head.
     attention_partial: Option<Memory>,
     attention_arrived: Memory,
     /// Recorded decode steps by what their launches depend on; none with `--enforce-eager`.
@@ -115,7 +115,7 @@ pub struct CudaBackend {
     timing: Option<Timing>,
     /// Per slot of the sampler its last token; 0 before there is one.
     last_sampled: Address,
-    /// `Σ` over decode rows of their splits that `attention_partial` has room for.
+    /// Decode rows times the most splits of one that `attention_partial` has room for.
     attention_splits: usize,
 }
 

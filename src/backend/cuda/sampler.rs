@@ -22,10 +22,10 @@ const REQUEST_CELLS: usize = REQUEST_BYTES / 8;
 const TEAM: usize = 8;
 const THREADS: usize = 1024;
 /// Shared memory of a multiprocessor that a block does not keep its part of a row in: the kernel's own, and the driver's.
-const OTHER_SHARED_BYTES: usize = 24 << 10;
+const OTHER_SHARED_BYTES: usize = 32 << 10;
 const SAMPLED_BYTES: usize = 16 + TOP * 8;
-/// Steps whose results may wait to be read, and one being filled.
-const RING: usize = 3;
+/// Samples whose results may wait to be read: of two steps, each once for the rows without a mask and once for those with one.
+const RING: usize = 4;
 
 struct Pending {
     ring: usize,
@@ -287,7 +287,7 @@ impl CudaSampler {
 
     /// How a launch over `requests` rows shares each among blocks: as many as can all run at once, one on a multiprocessor.
     fn split(&self, requests: usize) -> Split {
-        let mut blocks = if self.device.capability >= 90 { TEAM } else { 1 };
+        let mut blocks = if self.device.has_clusters { TEAM } else { 1 };
         while blocks > 1 && blocks * requests > self.device.multiprocessors {
             blocks /= 2;
         }
