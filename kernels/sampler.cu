@@ -27,7 +27,7 @@
 #define TEAM 8
 #define REQUESTS 240
 #define CANDIDATES 2048
-#define TOP 32  // log-probabilities a request may ask for, and then some
+#define TOP 128  // log-probabilities a request may ask for
 
 struct SlotParams {
     float temperature, top_p, min_p, repetition, presence, frequency;
@@ -390,8 +390,9 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
             for (int i = threadIdx.x; i < count; i += SAMPLER_THREADS) {
                 const float l = at(i);
                 if (key_of(l) < keep) continue;
-                const float u = ((float)(philox(p.seed, request.output_index, name(i)) >> 8) + 0.5f) * (1.f / 16777216.f);
-                drawn = max(drawn, pack((l - high) * inverse - logf(-logf(u)), name(i)));
+                // -log(-log(1 - v)): v is exact where it is small, so that the noise is fine where it is large, and finite there.
+                const float v = ((float)philox(p.seed, request.output_index, name(i)) + 0.5f) * (1.f / 4294967296.f);
+                drawn = max(drawn, pack((l - high) * inverse - logf(-log1pf(-v)), name(i)));
             }
             best = reduce<false>(turn, drawn);
         };
@@ -446,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
 }
 
 struct ScoreRequest {
-    int logit_row, token, count, logits;
+    int logit_row, token, count;
 };
 
 extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
@@ -465,7 +466,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
     if (cached) each(row + begin, nullptr, n, V % 4 == 0, [&](int i, float l, uint32_t) { slice[i] = l; });
     __syncthreads();
     team_wait();  // all blocks have begun: their shared memory may be written
-    report(turn, n, begin, V, request.token, min(request.count, TOP), request.logits,
+    report(turn, n, begin, V, request.token, min(request.count, TOP), false,
            [&](int i) { return cached ? slice[i] : __ldcg(row + begin + i); }, [&](int v) { return __ldcg(row + v); }, result);
     if (team_rank() == 0 && threadIdx.x == 0) result->id = request.token;
 }
@@ -484,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     // Serial: outputs repeat, and a slot rarely starts with any.
     if (threadIdx.x == 0) {
         for (int i = prompt; i < prompt + output; i++) {
-            seen[tokens[i]]++;
+            if ((seen[tokens[i]] & 0x7fff) < 0x7fff) seen[tokens[i]]++;
             history[(size_t)slot * WORD_TOKENS + (i - prompt) % WORD_TOKENS] = tokens[i];
         }
         if (output) last_sampled[slot] = tokens[prompt + output - 1];

@@ -198,6 +198,9 @@ pub struct SampleRow {
     pub needs_mask: bool,
 }
 
+/// Most alternatives that the CUDA sampler reports with a token; the CPU's has no bound.
+pub const MAX_LOGPROBS: usize = 128;
+
 /// One bit per vocabulary id, bit `id % 32` of word `id / 32`; set = allowed. Missing words = not allowed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenMask(pub Arc<[u32]>);

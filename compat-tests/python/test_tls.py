@@ -82,7 +82,7 @@ def test_https_serves_and_streams(ca):
         body = {"prompt": "a", "max_tokens": 5, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", server.https + "/v1/completions", json=body, verify=server.context, timeout=60) as r:
             lines = [line for line in r.iter_lines() if line]
-        assert lines[-1] == "data: [DONE]" and len(lines) > 2
+        assert lines[-1] == "data: [DONE]" and len(lines) > 1
         # Plain HTTP and an unknown authority get nowhere, and hurt nobody.
         with pytest.raises(httpx.TransportError):
             httpx.get(server.url + "/health", timeout=10)

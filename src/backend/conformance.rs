@@ -10,7 +10,7 @@ mod sampling;
 use std::sync::Arc;
 
 use super::{AttentionShape, Backend, BatchLayout, DType, HostTensor, RouteShape, SampleRequest, ScoreRequest};
-use crate::step::{LogprobsMode, SampledToken, SamplingParams, StartedSlot, TokenId, TokenMask};
+use crate::step::{LogprobsMode, MAX_LOGPROBS, SampledToken, SamplingParams, StartedSlot, TokenId, TokenMask};
 
 /// What is asked of a backend.
 #[derive(Clone, Debug)]
@@ -132,6 +132,8 @@ pub fn conformance<B: Backend>(backend: &mut B, options: &Options) {
     suite.fused();
     suite.sampling();
     suite.kept_tokens();
+    suite.draws();
+    suite.alternatives();
     suite.many_requests();
     suite.unread_samples();
     suite.sampling_state();

@@ -158,6 +158,17 @@ fn limits_depend_on_the_device() {
 }
 
 #[test]
+fn a_gpu_bounds_the_logprobs() {
+    let max = |machine: &Machine, asked: &str| {
+        let args = args(TINY, &["--max-logprobs", asked]);
+        resolve(&args, &environment(&[]), machine).unwrap().model.max_logprobs
+    };
+    for (asked, on_cpu, on_gpu) in [("20", 20, 20), ("128", 128, 128), ("129", 129, 128), ("-1", -1, 128)] {
+        assert_eq!((max(&cpu(), asked), max(&h200(), asked)), (on_cpu, on_gpu), "{asked}");
+    }
+}
+
+#[test]
 fn contradictions_name_a_flag() {
     for (line, flag) in [
         (

@@ -14,7 +14,7 @@ use super::{
     VLLM_VERSION, checkpoint, http, limits, observability, pooling,
 };
 use crate::backend::DType;
-use crate::step::LogprobsMode;
+use crate::step::{LogprobsMode, MAX_LOGPROBS};
 
 /// Most tokens of context and of vocabulary that are believed; larger counts are a damaged config.json.
 const MAX_COUNT: usize = 1 << 28;
@@ -59,7 +59,10 @@ pub(super) fn not_negative<T: TryFrom<i64>>(flag: &str, value: i64) -> Result<T,
 /// The first setting that cannot be used, by name.
 pub fn resolve(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result<Config, ConfigError> {
     let device = device(args, env, machine)?;
-    let model = model(args, env)?;
+    let mut model = model(args, env)?;
+    if let DeviceKind::Cuda { .. } = device.kind {
+        bound_logprobs(&mut model);
+    }
     let scheduler = limits::scheduler(
         &args.scheduler,
         &args.vllm.performance_mode,
@@ -79,6 +82,15 @@ pub fn resolve(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result
         observability: observability::resolve(args, env)?,
         device,
     })
+}
+
+/// The CUDA sampler reports a bounded number of alternatives: a request for more is refused, as one above the flag is.
+fn bound_logprobs(model: &mut ModelConfig) {
+    let asked = model.max_logprobs;
+    if !(0..=MAX_LOGPROBS as i64).contains(&asked) {
+        tracing::warn!("--max-logprobs {asked}: on CUDA a request may ask for at most {MAX_LOGPROBS}");
+        model.max_logprobs = MAX_LOGPROBS as i64;
+    }
 }
 
 fn device(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result<DeviceConfig, ConfigError> {

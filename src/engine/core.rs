@@ -359,6 +359,13 @@ impl Core {
     /// Hands in the masks that can be computed: those of sequences whose last token is known. The others follow when the step
     /// before has been collected.
     fn supply_masks(&mut self) -> Result<(), ExecutorError> {
+        match self.hand_in_masks() {
+            Err(error) if !error.fatal => self.lose_steps(&error),
+            done => done,
+        }
+    }
+
+    fn hand_in_masks(&mut self) -> Result<(), ExecutorError> {
         for at in 0..self.in_flight.len() {
             let (mut owners, mut constraints) = (Vec::new(), Vec::new());
             let step = &mut self.in_flight[at];
@@ -450,17 +457,22 @@ impl Core {
             Err(error) => {
                 self.fail_rows(&step.rows, &error);
                 // Steps behind a lost one have read what it did not write.
-                while let Some(later) = self.in_flight.pop_front() {
-                    if let Err(second) = self.executor.collect(later.ticket)
-                        && second.fatal
-                    {
-                        return Err(second);
-                    }
-                    self.fail_rows(&later.rows, &error);
-                }
-                Ok(())
+                self.lose_steps(&error)
             }
         }
+    }
+
+    /// Fails what is in flight.
+    fn lose_steps(&mut self, error: &ExecutorError) -> Result<(), ExecutorError> {
+        while let Some(step) = self.in_flight.pop_front() {
+            if let Err(second) = self.executor.collect(step.ticket)
+                && second.fatal
+            {
+                return Err(second);
+            }
+            self.fail_rows(&step.rows, error);
+        }
+        Ok(())
     }
 
     fn fail_rows(&mut self, rows: &[PlannedRow], error: &ExecutorError) {

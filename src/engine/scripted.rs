@@ -130,6 +130,7 @@ struct ControlState {
     step_delay: Duration,
     one_by_one: bool,
     failure: Option<ExecutorError>,
+    mask_failure: Option<ExecutorError>,
     panic: bool,
     ignore_masks: bool,
     counters: ScriptCounters,
@@ -172,6 +173,11 @@ impl ScriptControl {
     /// The next collected step fails with this.
     pub fn fail_next(&self, error: ExecutorError) {
         self.lock().failure = Some(error);
+    }
+
+    /// The next mask is refused with this.
+    pub fn refuse_next_mask(&self, error: ExecutorError) {
+        self.lock().mask_failure = Some(error);
     }
 
     /// The next collected step panics.
@@ -520,7 +526,13 @@ impl Executor for ScriptedExecutor {
     }
 
     fn set_mask(&mut self, ticket: &Ticket, row: usize, mask: TokenMask) -> Result<(), ExecutorError> {
-        let pending = self.pending.iter_mut().find(|pending| pending.ticket == ticket.0);
+        let mut pending = self.pending.iter_mut().find(|pending| pending.ticket == ticket.0);
+        if let Some(error) = self.control.lock().mask_failure.take() {
+            if let Some(pending) = &mut pending {
+                pending.lost = Some(error.clone());
+            }
+            return Err(error);
+        }
         match pending.and_then(|pending| pending.masks.get_mut(row)) {
             Some(place) => {
                 *place = Some(mask);

@@ -127,11 +127,8 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     fn run(&mut self, plan: &StepPlan, logits: usize, output: &mut StepOutput) -> Result<(), BackendError> {
-        let wants_scores = plan
-            .rows
-            .iter()
-            .any(|row| self.slots[row.slot as usize].wants_prompt_logprobs);
-        let record = self.pad_to_graph() && !wants_scores;
+        self.collect_scores(plan);
+        let record = self.pad_to_graph() && self.scores.is_empty();
         let Parts {
             backend,
             model,
@@ -157,7 +154,6 @@ impl<B: Backend> ModelRunner<B> {
         model.forward(backend, batch, layout.num_tokens(), workspace, cache)?;
 
         self.read_hidden(plan, output)?;
-        self.collect_scores(plan);
         if !self.scores.is_empty() {
             self.score(logits, output)?;
         }

@@ -281,6 +281,103 @@ impl<B: Backend> Suite<'_, B> {
         }
     }
 
+    /// How often each of a few tokens is drawn, and that no unlikely one of many ever is.
+    pub(super) fn draws(&mut self) {
+        const DRAWS: u32 = 4000;
+        let free = |seed| SamplingParams {
+            seed,
+            ..Default::default()
+        };
+        let mut sampler = self.backend.sampler(1, 5, 1).expect("sampler");
+        self.start(&mut sampler, 0, free(7), &[]);
+        let chances = [0.4f32, 0.3, 0.2, 0.09, 0.01];
+        let logits = chances.map(f32::ln);
+        let mut lt = self.backend.tensor(1, 5, DType::F32).expect("tensor");
+        self.backend.write(&mut lt, &logits).expect("write");
+        let request = |output_index| SampleRequest {
+            logit_row: 0,
+            slot: 0,
+            output_index,
+            mask: None,
+        };
+        let mut got = Vec::new();
+        let mut times = [0.0f32; 5];
+        for i in 0..DRAWS {
+            self.backend.sample(&lt, &[request(i)], &mut sampler).expect("sample");
+            self.backend.sampled(&mut sampler, &mut got).expect("sampled");
+            times[got[0].id as usize] += 1.0;
+        }
+        for (id, (&chance, &times)) in chances.iter().zip(&times).enumerate() {
+            let expected = chance * DRAWS as f32;
+            let deviation = (expected * (1.0 - chance)).sqrt();
+            assert!(
+                (times - expected).abs() < 4.0 * deviation,
+                "token {id} was drawn {times} times, not {expected} ± {deviation}"
+            );
+        }
+
+        // All others together have a chance of 6e-9 a draw.
+        const V: usize = 65_536;
+        let mut sampler = self.backend.sampler(1, V, 1).expect("sampler");
+        self.start(&mut sampler, 0, free(42), &[]);
+        let mut logits = vec![0.0; V];
+        logits[0] = 30.0;
+        let mut lt = self.backend.tensor(1, V, DType::F32).expect("tensor");
+        self.backend.write(&mut lt, &logits).expect("write");
+        for i in 0..500 {
+            self.backend.sample(&lt, &[request(i)], &mut sampler).expect("sample");
+            self.backend.sampled(&mut sampler, &mut got).expect("sampled");
+            assert_eq!(got[0].id, 0, "draw {i}");
+        }
+    }
+
+    /// As many alternatives as may be asked for, with a token and in a prompt, whose log-probabilities no mode changes.
+    pub(super) fn alternatives(&mut self) {
+        const V: usize = 1000;
+        let logits: Vec<f32> = (0..V).map(|i| (i * 37 % V) as f32 / 100.0).collect();
+        let total = logits.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+        let mut best: Vec<TokenId> = (0..V as u32).collect();
+        best.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+        let mut sampler = self.backend.sampler(1, V, 1).expect("sampler");
+        let mut lt = self.backend.tensor(1, V, DType::F32).expect("tensor");
+        self.backend.write(&mut lt, &logits).expect("write");
+        for (mode, subtracted) in [(LogprobsMode::RawLogprobs, total), (LogprobsMode::RawLogits, 0.0)] {
+            let params = SamplingParams {
+                temperature: 0.0,
+                logprobs: Some(MAX_LOGPROBS as u32),
+                prompt_logprobs: Some(MAX_LOGPROBS as u32),
+                logprobs_mode: mode,
+                ..Default::default()
+            };
+            self.start(&mut sampler, 0, params, &[]);
+            let request = SampleRequest {
+                logit_row: 0,
+                slot: 0,
+                output_index: 0,
+                mask: None,
+            };
+            let sampled = self.sample(&logits, V, &mut sampler, &[request]);
+            let request = ScoreRequest {
+                logit_row: 0,
+                slot: 0,
+                next_token: 5,
+            };
+            let mut scores = Vec::new();
+            self.backend
+                .score(&lt, &[request], &mut sampler, &mut scores)
+                .expect("score");
+            let with_token = sampled[0].logprobs.as_ref().expect("logprobs were asked for");
+            for (report, subtracted) in [(with_token, subtracted), (&scores[0], total)] {
+                let ids: Vec<TokenId> = report.top.iter().map(|&(id, _)| id).collect();
+                assert_eq!(ids, best[..MAX_LOGPROBS]);
+                for &(id, p) in &report.top {
+                    let want = f64::from(logits[id as usize]) - subtracted;
+                    assert!((f64::from(p) - want).abs() < 1e-3, "{id}: {p}, not {want}");
+                }
+            }
+        }
+    }
+
     /// The same request many times in one step: as it is alone, whatever a backend makes of their number.
     pub(super) fn many_requests(&mut self) {
         const V: usize = 128_000;

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use super::driver::{Address, Arg, Device, Event, Memory, Pinned, download};
 use super::{bug, need};
 use crate::backend::{Result, SampleRequest, ScoreRequest};
-use crate::step::{LogprobsMode, SampledToken, SamplingParams, StartedSlot, TokenId, TokenLogprobs};
+use crate::step::{LogprobsMode, MAX_LOGPROBS, SampledToken, SamplingParams, StartedSlot, TokenId, TokenLogprobs};
 
 // Sizes that sampler.cu shares.
 const EDITS: usize = 1024;
 const WORDS: usize = 128;
 const WORD_TOKENS: usize = 1024;
-const TOP: usize = 32;
+const TOP: usize = MAX_LOGPROBS;
 const PARAMS_BYTES: usize = 64;
 const REQUEST_BYTES: usize = 16;
 /// Requests of one launch, and cells of 8 bytes that each takes of its parameters.
@@ -40,7 +40,6 @@ struct Slot {
     started: bool,
     logprobs: Option<u32>,
     prompt_logprobs: u32,
-    logits_wanted: bool,
     /// Allowed ids as mask words.
     allowed: Option<Arc<[u32]>>,
 }
@@ -134,7 +133,6 @@ impl CudaSampler {
             started: true,
             logprobs: p.logprobs,
             prompt_logprobs: p.prompt_logprobs.unwrap_or(0),
-            logits_wanted: matches!(p.logprobs_mode, LogprobsMode::RawLogits | LogprobsMode::ProcessedLogits),
             allowed: p.allowed_token_ids.as_ref().map(|ids| mask_of(ids, self.vocab)),
         };
 
@@ -224,9 +222,9 @@ impl CudaSampler {
             "results of earlier steps were not read".into()
         })?;
         let ring = self.next % RING;
-        self.next += 1;
         let mut wants = Vec::with_capacity(requests.len());
         if requests.is_empty() {
+            self.next += 1;
             self.pending.push_back(Pending {
                 ring,
                 wants,
@@ -281,6 +279,7 @@ impl CudaSampler {
             self.launch("sample", cells.len() / REQUEST_CELLS, &args, &rows)?;
         }
         let done = Some(device.mark()?);
+        self.next += 1;
         self.pending.push_back(Pending { ring, wants, done });
         Ok(())
     }
@@ -351,12 +350,7 @@ impl CudaSampler {
                     .ok_or_else(|| bug("score", format!("slot {}", r.slot)))?;
                 let count = (slot.prompt_logprobs as usize).min(TOP);
                 wants.push(count);
-                for v in [
-                    r.logit_row as u32,
-                    r.next_token,
-                    count as u32,
-                    u32::from(slot.logits_wanted),
-                ] {
+                for v in [r.logit_row as u32, r.next_token, count as u32] {
                     raw.extend_from_slice(&v.to_le_bytes());
                 }
             }

@@ -13,11 +13,11 @@ use crate::server::error::ApiError;
 use crate::server::field::request_body;
 use crate::server::openai::validate::check_cache_salt;
 use crate::server::{App, blocking, ids};
-use crate::step::TokenId;
+use crate::step::{MAX_LOGPROBS, TokenId};
 use crate::text::LabelRequest;
 
 const MAX_ITEMS: usize = 1024;
-const MAX_LABELS: usize = 128;
+const MAX_LABELS: usize = MAX_LOGPROBS;
 
 request_body! {
     pub struct GenerativeScoringRequest {

@@ -202,6 +202,21 @@ async fn a_sequence_that_cannot_go_on_fails_alone() {
 }
 
 #[tokio::test]
+async fn a_refused_mask_loses_what_is_in_flight_and_nothing_else() {
+    for (engine, control) in engines(|_, _| {}) {
+        control.refuse_next_mask(ExecutorError {
+            message: "mask x".into(),
+            fatal: false,
+        });
+        let unlucky = engine.submit(constrained(&[1, 2, 3], digits())).unwrap();
+        assert!(matches!(collect(unlucky).await, Err(EngineError::Device(why)) if why == "mask x"));
+        assert_eq!(engine.health(), Health::Healthy);
+        let after = collect(engine.submit(constrained(&[1, 2, 3], digits())).unwrap()).await;
+        assert_eq!(after.unwrap().0.len(), 7);
+    }
+}
+
+#[tokio::test]
 async fn a_thinking_budget_closes_the_reasoning_that_the_prompt_opened() {
     let mut answers = Vec::new();
     for (engine, _) in engines(|_, _| {}) {
