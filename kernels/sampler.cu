@@ -5,7 +5,7 @@
 // bits, set = allowed; edits: per slot up to EDITS (id, addend) pairs, -inf addends for ids held back.
 // Order: masks and edits, penalties (repetition over prompt and output, presence and frequency over output), temperature,
 // min-p, top-k, top-p, then the largest of logit / temperature + Gumbel noise. The noise of a token depends on (seed, index of the
-// output token, token id) alone, hence the draw on nothing else. Equal values: the lower id.
+// output token, token id) alone, hence the draw on nothing else. Equal values: the lower id. Where nothing is allowed: id 0.
 // Thresholds of top-k and top-p are found by radix selection over the ordered bits of the logit, 8 bits a pass from the highest that
 // differs, with integer counts and 2^-32 fixed-point masses, so that no sum depends on the order of atomics or on the number of
 // blocks. Tokens equal to the threshold are kept. The k-th largest of the threads' own maxima bounds the k-th largest value from below.
