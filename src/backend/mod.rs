@@ -183,6 +183,18 @@ pub struct ScoreRequest {
     pub next_token: TokenId,
 }
 
+/// Splits of contexts whose partial results of decode attention the CUDA backend has room for, at most.
+pub const MAX_SPLITS: usize = 64 << 10;
+/// Of one split and query head: 64 sums, their maximum and their weight, in f32.
+pub const SPLIT_BYTES: usize = 66 * 4;
+/// Partial sums of the CUDA backend's products whose inner dimension is split over blocks.
+pub const SPLIT_PARTIAL_BYTES: usize = 64 << 20;
+
+/// What the CUDA backend allocates beside the tensors that it is asked for, at most.
+pub fn cuda_bytes(num_q_heads: usize) -> usize {
+    MAX_SPLITS * num_q_heads * SPLIT_BYTES + SPLIT_PARTIAL_BYTES
+}
+
 /// The op table. `T` below is the number of tokens in the batch; tensors may have room for more rows, which are ignored.
 pub trait Backend: Send + 'static {
     /// An activation matrix with a fixed capacity of rows.

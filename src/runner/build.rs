@@ -37,6 +37,8 @@ pub struct ExecutorOptions<'a> {
     pub max_in_flight: usize,
     /// Most bytes for the KV cache unless `cache` says how many ([`CPU_KV_BYTES`](super::memory::CPU_KV_BYTES) on a CPU).
     pub default_kv_bytes: Option<usize>,
+    /// See [`MemoryRequest`].
+    pub backend_bytes: fn(usize) -> usize,
 }
 
 impl<'a> ExecutorOptions<'a> {
@@ -50,6 +52,7 @@ impl<'a> ExecutorOptions<'a> {
             max_in_flight: self.max_in_flight,
             device_bytes,
             default_kv_bytes: self.default_kv_bytes,
+            backend_bytes: self.backend_bytes,
         }
     }
 }

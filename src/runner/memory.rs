@@ -25,6 +25,8 @@ pub struct MemoryRequest<'a> {
     pub device_bytes: usize,
     /// Most bytes that the KV cache takes unless the cache configuration says how many.
     pub default_kv_bytes: Option<usize>,
+    /// Bytes that the backend takes for itself, of a model's query heads.
+    pub backend_bytes: fn(usize) -> usize,
 }
 
 /// Who gets how many bytes.
@@ -34,7 +36,7 @@ pub struct MemoryPlan {
     /// Share of `device_bytes` that the server may use.
     pub utilization: f64,
     pub weight_bytes: usize,
-    /// Activations, logits and the experts' scratch space.
+    /// Activations, logits, the experts' scratch space and the backend's own.
     pub workspace_bytes: usize,
     /// Conv states of all slots.
     pub conv_bytes: usize,
@@ -76,7 +78,8 @@ impl MemoryPlan {
             weight_bytes: cost.weight_bytes as usize,
             workspace_bytes: workspace
                 .saturating_mul(request.dtype.size_bytes())
-                .saturating_add(logits),
+                .saturating_add(logits)
+                .saturating_add((request.backend_bytes)(config.attention.num_q_heads)),
             conv_bytes: request.max_num_seqs.saturating_mul(cost.conv_bytes_per_slot as usize),
             sampler_bytes: request.max_num_seqs.saturating_mul(config.vocab_size).saturating_mul(4),
             kv_bytes: 0,
@@ -205,7 +208,22 @@ mod tests {
             max_in_flight: 1,
             device_bytes: 2 << 30,
             default_kv_bytes: None,
+            backend_bytes: |_| 0,
         }
+    }
+
+    #[test]
+    fn what_the_backend_takes_for_itself_is_no_cache() {
+        let cache = cache();
+        let plain = MemoryPlan::new(&config(), &request(&cache)).unwrap();
+        let taking = MemoryRequest {
+            backend_bytes: |heads| heads << 20,
+            ..request(&cache)
+        };
+        let plan = MemoryPlan::new(&config(), &taking).unwrap();
+        assert_eq!(plan.workspace_bytes - plain.workspace_bytes, 16 << 20);
+        let block_bytes = plan.kv_bytes_per_token * 16;
+        assert!((plain.num_blocks - plan.num_blocks).abs_diff((16 << 20) / block_bytes) <= 1);
     }
 
     #[test]

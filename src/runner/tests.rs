@@ -78,6 +78,7 @@ fn build(
         scheduler: &scheduler,
         max_in_flight: limits.max_in_flight,
         default_kv_bytes: None,
+        backend_bytes: |_| 0,
     };
     let (runner, plan) = build_runner(&options, CpuBackend::new(2, dtype), &mut |_, _| {})?;
     assert_eq!(plan.num_blocks, limits.max_num_seqs * BLOCKS_PER_SLOT);

@@ -1,5 +1,6 @@
 //! How the device's memory is divided: planned from the configuration, logged, fitted.
 
+use crate::backend::cuda_bytes;
 use crate::config::{Config, DeviceKind};
 use crate::runner::memory::CPU_KV_BYTES;
 use crate::runner::{ExecutorOptions, MemoryPlan, plan_memory};
@@ -11,6 +12,8 @@ pub struct DeviceTraits {
     pub max_in_flight: usize,
     /// Most bytes of KV cache that are taken unasked.
     pub default_kv_bytes: Option<usize>,
+    /// Bytes that the backend takes for itself, of a model's query heads.
+    pub backend_bytes: fn(usize) -> usize,
 }
 
 impl DeviceTraits {
@@ -21,10 +24,12 @@ impl DeviceTraits {
             DeviceKind::Cpu => Self {
                 max_in_flight: 1,
                 default_kv_bytes: Some(CPU_KV_BYTES),
+                backend_bytes: |_| 0,
             },
             DeviceKind::Cuda { .. } => Self {
                 max_in_flight: 2,
                 default_kv_bytes: None,
+                backend_bytes: cuda_bytes,
             },
         }
     }
@@ -35,6 +40,7 @@ pub fn executor_options(config: &Config, max_model_len: usize) -> ExecutorOption
     let DeviceTraits {
         max_in_flight,
         default_kv_bytes,
+        backend_bytes,
     } = DeviceTraits::of(config.device.kind);
     ExecutorOptions {
         files: &config.model.files,
@@ -47,6 +53,7 @@ pub fn executor_options(config: &Config, max_model_len: usize) -> ExecutorOption
         scheduler: &config.scheduler,
         max_in_flight,
         default_kv_bytes,
+        backend_bytes,
     }
 }
 

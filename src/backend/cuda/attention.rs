@@ -2,7 +2,7 @@
 
 use super::driver::{Arg, Memory, TensorMap};
 use super::{ATTENTION_COUNTERS, CudaBackend, CudaBatch, CudaTensor, CudaWeight, PIECE_TOKENS, SPLIT_TOKENS, need};
-use crate::backend::{AttentionShape, DType, Result};
+use crate::backend::{AttentionShape, DType, MAX_SPLITS, Result, SPLIT_BYTES};
 
 /// `[blocks, block size, KV heads, D]` of a layer, K and V.
 pub struct CudaKvCache {
@@ -47,8 +47,8 @@ impl CudaBackend {
         })?;
         let bytes = num_blocks * block_size * shape.num_kv_heads * shape.head_dim * dtype.size_bytes();
         if self.attention_partial.is_none() {
-            self.attention_splits = (num_blocks * block_size / SPLIT_TOKENS + 4096).min(64 << 10);
-            let partial = self.attention_splits * shape.num_q_heads * 66 * 4;
+            self.attention_splits = (num_blocks * block_size / SPLIT_TOKENS + 4096).min(MAX_SPLITS);
+            let partial = self.attention_splits * shape.num_q_heads * SPLIT_BYTES;
             self.attention_partial = Some(Memory::new(&self.device, partial, "workspace")?);
         }
         Ok(CudaKvCache {

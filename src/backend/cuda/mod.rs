@@ -20,7 +20,7 @@ use weight::{convert, decode_f32};
 
 use crate::backend::{
     AttentionShape, Backend, BackendError, BatchLayout, ConvWeights, DType, HostTensor, Result, RouteShape,
-    SampleRequest, ScoreRequest,
+    SPLIT_PARTIAL_BYTES, SampleRequest, ScoreRequest,
 };
 use crate::step::{DeviceTimes, SampledToken, StartedSlot, TokenLogprobs};
 
@@ -164,7 +164,6 @@ const GRAPH_ROWS: &[usize] = &[
     384, 448, 512, 640, 768, 896, 1024,
 ];
 
-const SPLIT_PARTIAL_BYTES: usize = 64 << 20;
 const SPLIT_TILES: usize = 16 << 10;
 const ATTENTION_COUNTERS: usize = 64 << 10;
 
