@@ -8,12 +8,16 @@
 // Cost: 2 · rows · H · 2 bytes.
 #include "common.cuh"
 
+DEVICE void copy_row(const uint4 *source, size_t row, uint4 *out, int vectors) {
+    const size_t from = row * vectors, to = (size_t)blockIdx.x * vectors;
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) out[to + i] = source[from + i];
+}
+
 extern "C" __global__ void gather_rows(const uint4 *__restrict__ source, const uint32_t *__restrict__ index,
                                        uint4 *__restrict__ out, int vectors) {
     pdl_launch();
     pdl_wait();
-    const size_t from = (size_t)index[blockIdx.x] * vectors, to = (size_t)blockIdx.x * vectors;
-    for (int i = threadIdx.x; i < vectors; i += blockDim.x) out[to + i] = source[from + i];
+    copy_row(source, index[blockIdx.x], out, vectors);
 }
 
 // An id with bit 31 stands for the token last sampled in the slot that its other bits name.
@@ -23,8 +27,7 @@ extern "C" __global__ void embed(const uint4 *__restrict__ table, const uint32_t
     pdl_wait();
     uint32_t id = ids[blockIdx.x];
     if (id >> 31) id = last_sampled[id & 0x7fffffff];
-    const size_t from = (size_t)id * vectors, to = (size_t)blockIdx.x * vectors;
-    for (int i = threadIdx.x; i < vectors; i += blockDim.x) out[to + i] = table[from + i];
+    copy_row(table, id, out, vectors);
 }
 
 struct Pieces {

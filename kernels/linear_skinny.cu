@@ -91,11 +91,9 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
     }
     pdl_wait();
 
-    // A segment's tokens, in the order in which they are multiplied; where registers last, the next segment's come meanwhile.
-    constexpr int SEGMENTS = TILES <= 2 ? 2 : 1;
-    uint4 tokens[SEGMENTS][TILES][STREAM_STEPS];
-    auto &v = tokens[0], &after = tokens[SEGMENTS - 1];
-    const auto load = [&](auto &v, int s0) {
+    // A segment's tokens, in the order in which they are multiplied.
+    uint4 v[TILES][STREAM_STEPS];
+    const auto load = [&](int s0) {
 #pragma unroll
         for (int s = 0; s < STREAM_STEPS; s++)
 #pragma unroll
@@ -104,7 +102,7 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
                 if (i * 8 + g < M && s0 + s < steps) v[i][s] = fresh16(x + (size_t)(i * 8 + g) * K + column + (s0 + s) * 32);
             }
     };
-    load(v, 0);
+    load(0);
     if (NORM) {
         float squares = 0.f;
 #pragma unroll
@@ -145,13 +143,11 @@ DEVICE void skinny(const T *x, const T *norm, float eps, const T *w, const T *bi
             }
         if (KIND == CONV && tile % 3 == 0 && tile > begin * PARTS) past(tile);
         float d[TILES][2][4] = {};
-        for (int s0 = 0; s0 < steps; s0 += SEGMENTS * STREAM_STEPS) {
-            const int s1 = s0 + STREAM_STEPS, s2 = s0 + SEGMENTS * STREAM_STEPS;
-            if (SEGMENTS == 2 && s1 < steps) load(after, s1);
+        for (int s0 = 0; s0 < steps; s0 += STREAM_STEPS) {
+            const int next = s0 + STREAM_STEPS;
             stream.multiply(v, min(STREAM_STEPS, steps - s0), used, d);
             // The first segment again for the next tile.
-            if (steps > SEGMENTS * STREAM_STEPS && (s2 < steps || tile + 1 < end * PARTS)) load(v, s2 < steps ? s2 : 0);
-            if (SEGMENTS == 2 && s1 < steps) stream.multiply(after, min(STREAM_STEPS, steps - s1), used, d);
+            if (steps > STREAM_STEPS && (next < steps || tile + 1 < end * PARTS)) load(next < steps ? next : 0);
         }
         stream_partial<TILES>(shared, buffer, d);
         __syncthreads();

@@ -89,6 +89,11 @@ DEVICE unsigned long long pack(float value, int id) { return (unsigned long long
 DEVICE uint32_t packed_key(unsigned long long v) { return v >> 32; }
 DEVICE int packed_id(unsigned long long v) { return (int)~(uint32_t)v; }
 
+// One more of a token in the output.
+DEVICE void count_output(uint16_t &seen) {
+    if ((seen & 0x7fff) < 0x7fff) seen++;
+}
+
 // ---- the blocks of a request
 
 DEVICE uint32_t team_rank() {
@@ -442,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLER_THREADS)
         result->id = id;
         last_sampled[request.slot] = id;
         outputs[request.output_index % WORD_TOKENS] = id;
-        if (p.penalties && (seen[id] & 0x7fff) < 0x7fff) seen[id]++;
+        if (p.penalties) count_output(seen[id]);
     }
 }
 
@@ -485,7 +490,7 @@ extern "C" __global__ void __launch_bounds__(1024)
     // Serial: outputs repeat, and a slot rarely starts with any.
     if (threadIdx.x == 0) {
         for (int i = prompt; i < prompt + output; i++) {
-            if ((seen[tokens[i]] & 0x7fff) < 0x7fff) seen[tokens[i]]++;
+            count_output(seen[tokens[i]]);
             history[(size_t)slot * WORD_TOKENS + (i - prompt) % WORD_TOKENS] = tokens[i];
         }
         if (output) last_sampled[slot] = tokens[prompt + output - 1];

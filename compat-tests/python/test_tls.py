@@ -1,5 +1,6 @@
 """HTTPS, client certificates, reload of changed files, Unix sockets."""
 
+import json
 import shutil
 import socket
 import ssl
@@ -79,10 +80,11 @@ def test_https_serves_and_streams(ca):
     cert, key = ca.issue("server", 1)
     server = TlsServer("demo", "--ssl-certfile", cert, "--ssl-keyfile", key, context=context(ca))
     try:
-        body = {"prompt": "a", "max_tokens": 5, "ignore_eos": True, "stream": True}
+        body = {"prompt": "a", "max_tokens": 5, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
         with httpx.stream("POST", server.https + "/v1/completions", json=body, verify=server.context, timeout=60) as r:
             lines = [line for line in r.iter_lines() if line]
-        assert lines[-1] == "data: [DONE]" and len(lines) > 1
+        assert lines[-1] == "data: [DONE]" and len(lines) > 2
+        assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 5
         # Plain HTTP and an unknown authority get nowhere, and hurt nobody.
         with pytest.raises(httpx.TransportError):
             httpx.get(server.url + "/health", timeout=10)

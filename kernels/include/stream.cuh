@@ -8,7 +8,7 @@
 // Calling a lane's 16 bytes, eight neighbouring k, "k 2t, 2t + 1, 2t + 8, 2t + 9 of two products" on both sides permutes k
 // alike in A and B and so changes nothing. Weights are the 16-row side of the product, tokens the 8-wide one.
 // The warps' partial sums meet in shared memory and are added in warp order: a token's result depends on no other.
-// Tokens stay in registers, a segment of 8 units (K = 2,048) at a time; linear_skinny has two where TILES <= 2.
+// Tokens stay in registers, at most 8 units of them at a time (a segment: K <= 2048 is one).
 // Activations are read with `fresh*`, past L1 and not before pdl_wait: a kernel that began early could find old lines.
 #pragma once
 #include "common.cuh"

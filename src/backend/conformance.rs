@@ -10,7 +10,9 @@ mod sampling;
 use std::sync::Arc;
 
 use super::{AttentionShape, Backend, BatchLayout, DType, HostTensor, RouteShape, SampleRequest, ScoreRequest};
-use crate::step::{LogprobsMode, MAX_LOGPROBS, SampledToken, SamplingParams, StartedSlot, TokenId, TokenMask};
+use crate::step::{
+    LogprobsMode, MAX_LOGPROBS, SampledToken, SamplingParams, StartedSlot, TokenId, TokenLogprobs, TokenMask,
+};
 
 /// What is asked of a backend.
 #[derive(Clone, Debug)]

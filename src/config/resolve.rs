@@ -59,10 +59,7 @@ pub(super) fn not_negative<T: TryFrom<i64>>(flag: &str, value: i64) -> Result<T,
 /// The first setting that cannot be used, by name.
 pub fn resolve(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result<Config, ConfigError> {
     let device = device(args, env, machine)?;
-    let mut model = model(args, env)?;
-    if let DeviceKind::Cuda { .. } = device.kind {
-        bound_logprobs(&mut model);
-    }
+    let model = model(args, env, device.kind)?;
     let scheduler = limits::scheduler(
         &args.scheduler,
         &args.vllm.performance_mode,
@@ -82,15 +79,6 @@ pub fn resolve(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result
         observability: observability::resolve(args, env)?,
         device,
     })
-}
-
-/// The CUDA sampler reports a bounded number of alternatives: a request for more is refused, as one above the flag is.
-fn bound_logprobs(model: &mut ModelConfig) {
-    let asked = model.max_logprobs;
-    if !(0..=MAX_LOGPROBS as i64).contains(&asked) {
-        tracing::warn!("--max-logprobs {asked}: on CUDA a request may ask for at most {MAX_LOGPROBS}");
-        model.max_logprobs = MAX_LOGPROBS as i64;
-    }
 }
 
 fn device(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result<DeviceConfig, ConfigError> {
@@ -131,7 +119,20 @@ fn device(args: &ServeArgs, env: &Environment, machine: &Machine) -> Result<Devi
     })
 }
 
-fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError> {
+/// The CUDA sampler reports a bounded number of alternatives: a request for more is refused, as one above the flag is.
+fn max_logprobs(asked: i64, device: DeviceKind) -> Result<i64, ConfigError> {
+    const ON_CUDA: i64 = MAX_LOGPROBS as i64;
+    match device {
+        _ if asked < -1 => Err(ConfigError::new("--max-logprobs", format!("{asked} is less than -1"))),
+        DeviceKind::Cuda { .. } if !(0..=ON_CUDA).contains(&asked) => {
+            tracing::warn!("--max-logprobs {asked}: on CUDA a request may ask for at most {ON_CUDA}");
+            Ok(ON_CUDA)
+        }
+        _ => Ok(asked),
+    }
+}
+
+fn model(args: &ServeArgs, env: &Environment, device: DeviceKind) -> Result<ModelConfig, ConfigError> {
     let flags = &args.model_args;
     let name = args
         .model
@@ -193,13 +194,6 @@ fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError
         Some(names) if !names.is_empty() => names.clone(),
         _ => vec![name.clone()],
     };
-    let max_logprobs = flags.max_logprobs;
-    if max_logprobs < -1 {
-        return Err(ConfigError::new(
-            "--max-logprobs",
-            format!("{max_logprobs} is less than -1"),
-        ));
-    }
     Ok(ModelConfig {
         served_names,
         tokenizer_files,
@@ -212,7 +206,7 @@ fn model(args: &ServeArgs, env: &Environment) -> Result<ModelConfig, ConfigError
         eos_token_id,
         extra_eos_token_ids,
         generation_defaults,
-        max_logprobs,
+        max_logprobs: max_logprobs(flags.max_logprobs, device)?,
         logprobs_mode: match flags.logprobs_mode.as_str() {
             "raw_logits" => LogprobsMode::RawLogits,
             "processed_logprobs" => LogprobsMode::ProcessedLogprobs,

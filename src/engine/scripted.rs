@@ -5,6 +5,7 @@
 //! in the engine's accounting thus becomes a fatal error or another text, never a silent pass. It also serves the tests of
 //! the layers above, which need an engine that says what they want to hear.
 
+#[cfg(test)]
 use std::cell::Cell;
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -60,6 +61,7 @@ pub fn engine(executor: ScriptedExecutor) -> EngineHandle {
         .expect("the engine's thread starts")
 }
 
+#[cfg(test)]
 thread_local! {
     /// Of an engine's thread: what its executor was told by `deliver_one_by_one`.
     static ONE_BY_ONE: Cell<bool> = const { Cell::new(false) };
@@ -128,6 +130,7 @@ pub struct ScriptControl(Arc<(Mutex<ControlState>, Condvar)>);
 struct ControlState {
     held: bool,
     step_delay: Duration,
+    #[cfg(test)]
     one_by_one: bool,
     failure: Option<ExecutorError>,
     mask_failure: Option<ExecutorError>,
@@ -204,6 +207,7 @@ impl ScriptControl {
         while state.held {
             state = self.0.1.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+        #[cfg(test)]
         ONE_BY_ONE.set(state.one_by_one);
         let delay = state.step_delay;
         let failure = state.failure.take();

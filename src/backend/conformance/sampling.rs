@@ -2,6 +2,16 @@
 
 use super::*;
 
+/// Of the first row, without a mask.
+fn request(slot: u32, output_index: u32) -> SampleRequest {
+    SampleRequest {
+        logit_row: 0,
+        slot,
+        output_index,
+        mask: None,
+    }
+}
+
 impl<B: Backend> Suite<'_, B> {
     fn start(&mut self, sampler: &mut B::Sampler, slot: u32, params: SamplingParams, output: &[TokenId]) {
         let started = StartedSlot {
@@ -13,23 +23,39 @@ impl<B: Backend> Suite<'_, B> {
         self.backend.start_slot(sampler, &started).expect("start_slot");
     }
 
-    fn sample(
-        &mut self,
-        logits: &[f32],
-        vocab: usize,
-        sampler: &mut B::Sampler,
-        r: &[SampleRequest],
-    ) -> Vec<SampledToken> {
-        let mut lt = self
+    fn logits(&mut self, logits: &[f32], vocab: usize) -> B::Tensor {
+        let mut out = self
             .backend
             .tensor(logits.len() / vocab, vocab, DType::F32)
             .expect("tensor");
-        self.backend.write(&mut lt, logits).expect("write");
-        self.backend.sample(&lt, r, sampler).expect("sample");
+        self.backend.write(&mut out, logits).expect("write");
+        out
+    }
+
+    fn sample(&mut self, logits: &B::Tensor, sampler: &mut B::Sampler, r: &[SampleRequest]) -> Vec<SampledToken> {
+        self.backend.sample(logits, r, sampler).expect("sample");
+        self.sampled(sampler, r.len())
+    }
+
+    fn sampled(&mut self, sampler: &mut B::Sampler, count: usize) -> Vec<SampledToken> {
         let mut out = Vec::new();
         self.backend.sampled(sampler, &mut out).expect("sampled");
-        assert_eq!(out.len(), r.len(), "one token per request");
+        assert_eq!(out.len(), count, "one token per request");
         out
+    }
+
+    /// The report on `next_token` of slot 0 in the first row.
+    fn score(&mut self, logits: &B::Tensor, sampler: &mut B::Sampler, next_token: TokenId) -> TokenLogprobs {
+        let request = ScoreRequest {
+            logit_row: 0,
+            slot: 0,
+            next_token,
+        };
+        let mut out = Vec::new();
+        self.backend
+            .score(logits, &[request], sampler, &mut out)
+            .expect("score");
+        out.pop().expect("one report per request")
     }
 
     /// Deterministic consequences of each parameter.
@@ -129,13 +155,13 @@ impl<B: Backend> Suite<'_, B> {
         let mut sampler = self.backend.sampler(2, V, 2).expect("sampler");
         for (name, params, output, mask, want) in cases {
             self.start(&mut sampler, 1, params, output);
+            // Biases stay in the row.
+            let lt = self.logits(&logits, V);
             let request = SampleRequest {
-                logit_row: 0,
-                slot: 1,
-                output_index: output.len() as u32,
                 mask,
+                ..request(1, output.len() as u32)
             };
-            let got = self.sample(&logits, V, &mut sampler, &[request]);
+            let got = self.sample(&lt, &mut sampler, &[request]);
             assert_eq!((got[0].id, got[0].logprobs.is_some()), (want, false), "sample: {name}");
         }
 
@@ -146,13 +172,12 @@ impl<B: Backend> Suite<'_, B> {
             ..greedy.clone()
         };
         self.start(&mut sampler, 0, params, &[]);
-        let request = SampleRequest {
-            logit_row: 0,
-            slot: 0,
-            output_index: 0,
+        let lt = self.logits(&logits, V);
+        let masked = SampleRequest {
             mask: mask(&[12]),
+            ..request(0, 0)
         };
-        let got = self.sample(&logits, V, &mut sampler, &[request]);
+        let got = self.sample(&lt, &mut sampler, &[masked]);
         let total: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
         let logprob = |id: usize| (f64::from(logits[id]) - total.ln()) as f32;
         let near = |a: f32, b: f32| assert!((a - b).abs() < 1e-4, "logprob {a}, not {b}");
@@ -164,19 +189,9 @@ impl<B: Backend> Suite<'_, B> {
         assert_eq!(report.top.iter().map(|t| t.0).collect::<Vec<_>>(), [700, 3, 11]);
         report.top.iter().for_each(|&(id, p)| near(p, logprob(id as usize)));
 
-        let mut lt = self.backend.tensor(1, V, DType::F32).expect("tensor");
-        self.backend.write(&mut lt, &logits).expect("write");
-        let mut scores = Vec::new();
-        let request = ScoreRequest {
-            logit_row: 0,
-            slot: 0,
-            next_token: 5,
-        };
-        self.backend
-            .score(&lt, &[request], &mut sampler, &mut scores)
-            .expect("score");
-        assert_eq!((scores[0].id, scores[0].rank, scores[0].top.len()), (5, 5, 1));
-        near(scores[0].logprob, logprob(5));
+        let score = self.score(&lt, &mut sampler, 5);
+        assert_eq!((score.id, score.rank, score.top.len()), (5, 5, 1));
+        near(score.logprob, logprob(5));
 
         // Processed: after temperature and top-k, over what is left.
         let params = SamplingParams {
@@ -187,13 +202,7 @@ impl<B: Backend> Suite<'_, B> {
             ..greedy
         };
         self.start(&mut sampler, 0, params, &[]);
-        let request = SampleRequest {
-            logit_row: 0,
-            slot: 0,
-            output_index: 0,
-            mask: None,
-        };
-        let got = self.sample(&logits, V, &mut sampler, &[request]);
+        let got = self.sample(&lt, &mut sampler, &[request(0, 0)]);
         let report = got[0].logprobs.as_ref().expect("logprobs were asked for");
         near(report.top[0].1, -(1.0f32 + (-2.0f32).exp()).ln());
         near(report.top[1].1, -2.0 - (1.0f32 + (-2.0f32).exp()).ln());
@@ -255,13 +264,8 @@ impl<B: Backend> Suite<'_, B> {
                 }
                 let (most_likely, least_likely) = (-fewest.ln(), -total(&kept).ln());
                 self.start(&mut sampler, 0, params, &[]);
-                let request = SampleRequest {
-                    logit_row: 0,
-                    slot: 0,
-                    output_index: 3,
-                    mask: None,
-                };
-                let got = self.sample(&logits, vocab, &mut sampler, &[request]);
+                let lt = self.logits(&logits, vocab);
+                let got = self.sample(&lt, &mut sampler, &[request(0, 3)]);
                 let report = got[0].logprobs.as_ref().expect("logprobs were asked for");
                 let case =
                     format!("{vocab} tokens, temperature {temperature}, top-k {top_k}, top-p {top_p}, min-p {min_p}");
@@ -292,19 +296,10 @@ impl<B: Backend> Suite<'_, B> {
         self.start(&mut sampler, 0, free(7), &[]);
         let chances = [0.4f32, 0.3, 0.2, 0.09, 0.01];
         let logits = chances.map(f32::ln);
-        let mut lt = self.backend.tensor(1, 5, DType::F32).expect("tensor");
-        self.backend.write(&mut lt, &logits).expect("write");
-        let request = |output_index| SampleRequest {
-            logit_row: 0,
-            slot: 0,
-            output_index,
-            mask: None,
-        };
-        let mut got = Vec::new();
+        let lt = self.logits(&logits, 5);
         let mut times = [0.0f32; 5];
         for i in 0..DRAWS {
-            self.backend.sample(&lt, &[request(i)], &mut sampler).expect("sample");
-            self.backend.sampled(&mut sampler, &mut got).expect("sampled");
+            let got = self.sample(&lt, &mut sampler, &[request(0, i)]);
             times[got[0].id as usize] += 1.0;
         }
         for (id, (&chance, &times)) in chances.iter().zip(&times).enumerate() {
@@ -322,11 +317,9 @@ impl<B: Backend> Suite<'_, B> {
         self.start(&mut sampler, 0, free(42), &[]);
         let mut logits = vec![0.0; V];
         logits[0] = 30.0;
-        let mut lt = self.backend.tensor(1, V, DType::F32).expect("tensor");
-        self.backend.write(&mut lt, &logits).expect("write");
+        let lt = self.logits(&logits, V);
         for i in 0..500 {
-            self.backend.sample(&lt, &[request(i)], &mut sampler).expect("sample");
-            self.backend.sampled(&mut sampler, &mut got).expect("sampled");
+            let got = self.sample(&lt, &mut sampler, &[request(0, i)]);
             assert_eq!(got[0].id, 0, "draw {i}");
         }
     }
@@ -339,8 +332,7 @@ impl<B: Backend> Suite<'_, B> {
         let mut best: Vec<TokenId> = (0..V as u32).collect();
         best.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
         let mut sampler = self.backend.sampler(1, V, 1).expect("sampler");
-        let mut lt = self.backend.tensor(1, V, DType::F32).expect("tensor");
-        self.backend.write(&mut lt, &logits).expect("write");
+        let lt = self.logits(&logits, V);
         for (mode, subtracted) in [(LogprobsMode::RawLogprobs, total), (LogprobsMode::RawLogits, 0.0)] {
             let params = SamplingParams {
                 temperature: 0.0,
@@ -350,24 +342,10 @@ impl<B: Backend> Suite<'_, B> {
                 ..Default::default()
             };
             self.start(&mut sampler, 0, params, &[]);
-            let request = SampleRequest {
-                logit_row: 0,
-                slot: 0,
-                output_index: 0,
-                mask: None,
-            };
-            let sampled = self.sample(&logits, V, &mut sampler, &[request]);
-            let request = ScoreRequest {
-                logit_row: 0,
-                slot: 0,
-                next_token: 5,
-            };
-            let mut scores = Vec::new();
-            self.backend
-                .score(&lt, &[request], &mut sampler, &mut scores)
-                .expect("score");
+            let sampled = self.sample(&lt, &mut sampler, &[request(0, 0)]);
+            let score = self.score(&lt, &mut sampler, 5);
             let with_token = sampled[0].logprobs.as_ref().expect("logprobs were asked for");
-            for (report, subtracted) in [(with_token, subtracted), (&scores[0], total)] {
+            for (report, subtracted) in [(with_token, subtracted), (&score, total)] {
                 let ids: Vec<TokenId> = report.top.iter().map(|&(id, _)| id).collect();
                 assert_eq!(ids, best[..MAX_LOGPROBS]);
                 for &(id, p) in &report.top {
@@ -384,8 +362,7 @@ impl<B: Backend> Suite<'_, B> {
         const MOST: usize = 250;
         let logits: Vec<f32> = self.rng.values(V).iter().map(|u| 12.0 * u * u * u).collect();
         let mut sampler = self.backend.sampler(MOST, V, MOST).expect("sampler");
-        let mut lt = self.backend.tensor(1, V, DType::F32).expect("tensor");
-        self.backend.write(&mut lt, &logits).expect("write");
+        let lt = self.logits(&logits, V);
         let drawing = |change: &dyn Fn(&mut SamplingParams)| {
             let mut params = SamplingParams {
                 temperature: 0.7,
@@ -408,23 +385,14 @@ impl<B: Backend> Suite<'_, B> {
                 drawing(&|p| (p.top_k, p.repetition_penalty, p.presence_penalty) = (40, 1.3, 0.5)),
             ),
         ] {
-            let request = |slot| SampleRequest {
-                logit_row: 0,
-                slot,
-                output_index: 3,
-                mask: None,
-            };
             let mut alone = Vec::new();
             for count in [1, 20, 50, MOST as u32] {
                 let slots = MOST as u32 - count..MOST as u32;
                 for slot in slots.clone() {
                     self.start(&mut sampler, slot, params.clone(), &[7, 7, 9]);
                 }
-                let requests: Vec<_> = slots.map(request).collect();
-                let mut got = Vec::new();
-                self.backend.sample(&lt, &requests, &mut sampler).expect("sample");
-                self.backend.sampled(&mut sampler, &mut got).expect("sampled");
-                assert_eq!(got.len(), requests.len(), "one token per request");
+                let requests: Vec<_> = slots.map(|slot| request(slot, 3)).collect();
+                let got = self.sample(&lt, &mut sampler, &requests);
                 if alone.is_empty() {
                     alone.extend(got.first().cloned());
                 }
@@ -439,11 +407,10 @@ impl<B: Backend> Suite<'_, B> {
     pub(super) fn unread_samples(&mut self) {
         const V: usize = 100;
         let mut sampler = self.backend.sampler(4, V, 4).expect("sampler");
-        let mut lt = self.backend.tensor(4, V, DType::F32).expect("tensor");
         let logits: Vec<f32> = (0..4 * V)
             .map(|i| if i % V == 10 + i / V { 1.0 } else { 0.0 })
             .collect();
-        self.backend.write(&mut lt, &logits).expect("write");
+        let lt = self.logits(&logits, V);
         for round in 0..2 {
             for slot in 0..4 {
                 let greedy = SamplingParams {
@@ -453,15 +420,12 @@ impl<B: Backend> Suite<'_, B> {
                 self.start(&mut sampler, slot, greedy, &[]);
                 let request = SampleRequest {
                     logit_row: slot as usize,
-                    slot,
-                    output_index: 0,
-                    mask: None,
+                    ..request(slot, 0)
                 };
                 self.backend.sample(&lt, &[request], &mut sampler).expect("sample");
             }
             for row in 0..4 {
-                let mut got = Vec::new();
-                self.backend.sampled(&mut sampler, &mut got).expect("sampled");
+                let got = self.sampled(&mut sampler, 1);
                 assert_eq!(got[0].id, 10 + row, "sample {row} of round {round}");
             }
         }
@@ -476,21 +440,17 @@ impl<B: Backend> Suite<'_, B> {
             top_p: 0.95,
             ..Default::default()
         };
+        let lt = self.logits(&rows, V);
         let mut sampler = self.backend.sampler(4, V, 4).expect("sampler");
         let request = |row: usize, slot, output_index| SampleRequest {
             logit_row: row,
-            slot,
-            output_index,
-            mask: None,
+            ..request(slot, output_index)
         };
         (0..4).for_each(|slot| self.start(&mut sampler, slot, params(u64::from(slot) << 33 | 7), &[]));
         let together: Vec<Vec<TokenId>> = (0..8)
             .map(|i| {
                 let requests: Vec<_> = (0..4).map(|slot| request(slot as usize, slot, i)).collect();
-                self.sample(&rows, V, &mut sampler, &requests)
-                    .iter()
-                    .map(|s| s.id)
-                    .collect()
+                self.sample(&lt, &mut sampler, &requests).iter().map(|s| s.id).collect()
             })
             .collect();
         assert!(
@@ -504,9 +464,9 @@ impl<B: Backend> Suite<'_, B> {
             params(2 << 33 | 7),
             &together.iter().take(3).map(|ids| ids[2]).collect::<Vec<_>>(),
         );
-        let row = [&rows[..V], &rows[2 * V..3 * V]].concat();
+        let lt = self.logits(&[&rows[..V], &rows[2 * V..3 * V]].concat(), V);
         for (i, ids) in together.iter().enumerate().skip(3) {
-            let got = self.sample(&row, V, &mut sampler, &[request(1, 0, i as u32)]);
+            let got = self.sample(&lt, &mut sampler, &[request(1, 0, i as u32)]);
             assert_eq!(
                 got[0].id, ids[2],
                 "a draw depends on more than (seed, output index): draw {i}"

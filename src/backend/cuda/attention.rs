@@ -201,7 +201,7 @@ impl CudaBackend {
         more: &[u64],
     ) -> Result<()> {
         /// `DecodeShared`: four warps' K and V tiles, two under way; queries; results.
-        const SHARED_BYTES: usize = 4 * 2 * 2 * 32 * 128 + 16 * 128 + 4 * 4 * 66 * 4 + 16;
+        const SHARED_BYTES: usize = 4 * 2 * 2 * 32 * 128 + 16 * 128 + 4 * 4 * SPLIT_BYTES + 16;
         let group = shape.num_q_heads / shape.num_kv_heads;
         need(
             "attention",

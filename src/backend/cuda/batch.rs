@@ -136,6 +136,7 @@ impl CudaBatch {
             && layout.block_tables.len() == rows * layout.max_blocks
             && layout.logit_tokens.iter().all(|t| (*t as usize) < tokens);
         need("set_batch", consistent, || "the arrays' lengths do not agree".into())?;
+        // The region before this one was sent last, by what the stream has got to.
         self.staging[(self.next + RING - 1) % RING].1 = Some(device.mark()?);
         let (staging, read) = &mut self.staging[self.next % RING];
         if let Some(read) = read {

@@ -65,8 +65,8 @@ pub struct CudaSampler {
     results: Memory,
     /// Ids of a slot that starts; grows at need, outside of steps' hot path.
     tokens: Memory,
-    /// Masks on their way.
-    staging: Vec<(Pinned, Event)>,
+    /// Masks on their way; free again when the results of their sample have been read.
+    staging: Vec<Pinned>,
     received: Vec<Pinned>,
     next: usize,
     pending: VecDeque<Pending>,
@@ -92,7 +92,7 @@ impl CudaSampler {
             results: memory(max_rows * SAMPLED_BYTES)?,
             tokens: memory(64 << 10)?,
             staging: (0..RING)
-                .map(|_| Ok((Pinned::new(device, max_rows * words * 4)?, Event::new(device)?)))
+                .map(|_| Pinned::new(device, max_rows * words * 4))
                 .collect::<Result<_>>()?,
             received: (0..RING)
                 .map(|_| Pinned::new(device, max_rows * SAMPLED_BYTES))
@@ -233,11 +233,10 @@ impl CudaSampler {
             return Ok(());
         }
         let words = self.vocab.div_ceil(32);
-        let (staging, sent) = &mut self.staging[ring];
-        sent.wait("sample")?;
+        let staging = &mut self.staging[ring];
         let bytes = staging.bytes_mut();
         let mut masks = 0;
-        let mut cells = Vec::with_capacity(requests.len() * REQUEST_CELLS);
+        let mut cells = Vec::with_capacity(requests.len().next_multiple_of(REQUESTS) * REQUEST_CELLS);
         for request in requests {
             let slot = self.slots.get(request.slot as usize).filter(|slot| slot.started);
             let slot = slot.ok_or_else(|| bug("sample", format!("slot {} was not started", request.slot)))?;
@@ -259,10 +258,12 @@ impl CudaSampler {
         }
         if masks > 0 {
             staging.send(masks as usize * words * 4, self.masks.address, "sample")?;
-            sent.record(device)?;
         }
+        // The kernel's parameter is as long for any number of requests.
+        cells.resize(requests.len().next_multiple_of(REQUESTS) * REQUEST_CELLS, 0);
         let received = &self.received[ring];
-        for (i, cells) in cells.chunks(REQUESTS * REQUEST_CELLS).enumerate() {
+        let launches = requests.chunks(REQUESTS).zip(cells.chunks(REQUESTS * REQUEST_CELLS));
+        for (i, (some, cells)) in launches.enumerate() {
             let args = [
                 logits.arg(),
                 self.params.address.arg(),
@@ -274,9 +275,7 @@ impl CudaSampler {
                 self.last.address.arg(),
                 (received.address() + (i * REQUESTS * SAMPLED_BYTES) as u64).arg(),
             ];
-            let mut rows = [0; REQUESTS * REQUEST_CELLS];
-            rows[..cells.len()].copy_from_slice(cells);
-            self.launch("sample", cells.len() / REQUEST_CELLS, &args, &rows)?;
+            self.launch("sample", some.len(), &args, cells)?;
         }
         let done = Some(device.mark()?);
         self.next += 1;
